@@ -1,0 +1,229 @@
+"""The frame that all kernel families plug into: annotations, the parts of a fused PrimFunc, schedule helpers."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from tvm_compress.errors import KernelError
+from tvm_compress.schedules.target_rules import TargetRules
+
+# Attributes of a kernel's main te.compute; they survive FuseTIR as block annotations (a PrimFunc's do not).
+KERNEL = "tvm_compress.kernel"  # name of the family that schedules the block
+INFO = "tvm_compress.info"  # JSON: what the kernel computes, see kernel_attrs
+
+# A parallel region is worth its start (about 5 us) from this many multiply-accumulates of fp32 on.
+MIN_PARALLEL_MACS = 200_000
+# The same for element-wise work, in elements.
+MIN_PARALLEL_ELEMENTS = 32_768
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """A way to compute convolutions and dense layers, such as direct fp32 or bit-serial.
+
+    Attributes
+    ----------
+    name
+        The value of the block annotation KERNEL; "fp32", "int8" and "bitserial" are also what sites' schemes
+        are called.
+    legalize
+        Replaces a call by `bb.call_te(...)` (or emits what is needed before it); weights are constants.
+        Raises KernelError where the family cannot compute the call.
+    schedule
+        Schedules the fused PrimFunc in place.
+    """
+
+    name: str
+    legalize: Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]
+    schedule: Callable[[s_tir.Schedule, "FusedKernel", TargetRules], None]
+
+
+def kernel_attrs(family: str, info: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `attrs` of a kernel's main te.compute.
+
+    Parameters
+    ----------
+    family
+        Name of the KernelFamily that will schedule it.
+    info
+        What it computes: operator ("conv2d" | "dense"), scheme, N, H, W, IC, OC, OH, OW, KH, KW, stride, groups,
+        activation_bits, weight_bits, and whatever the family's schedule wants to find again. JSON values only.
+    """
+    return {KERNEL: family, INFO: json.dumps(dict(info), sort_keys=True)}
+
+
+class FusedKernel:
+    """The blocks of one PrimFunc by the part they play around the annotated main block.
+
+    Attributes
+    ----------
+    main
+        The block that carries KERNEL.
+    producers
+        The blocks that main reads, directly or not, in order: padding, packing, a first stage.
+    epilogue
+        All other blocks, in order; the last one writes the output. Empty where main itself does.
+    family, info
+        The values of the annotations, `info` decoded.
+    """
+
+    def __init__(self, sch: s_tir.Schedule) -> None:
+        self.sch = sch
+        blocks = child_blocks(sch)
+        mains = [b for b in blocks if annotation(sch, b, KERNEL)]
+        if len(mains) != 1:
+            names = ", ".join(block_name(sch, b) for b in blocks)
+            raise KernelError(
+                f"A fused kernel needs exactly 1 annotated block, not {len(mains)}, among: {names}."
+            )
+        self.main = mains[0]
+        self.family = str(annotation(sch, self.main, KERNEL))
+        self.info: dict[str, Any] = json.loads(str(annotation(sch, self.main, INFO)))
+        before = _ancestors(sch, self.main)
+        main_name = block_name(sch, self.main)
+        self.producers = [b for b in blocks if block_name(sch, b) in before]
+        self.epilogue = [b for b in blocks if block_name(sch, b) not in before | {main_name}]
+        # `tensorize` compares annotations, and nobody reads these any more.
+        sch.unannotate(self.main, KERNEL)
+        sch.unannotate(self.main, INFO)
+
+    def producer(self, name: str) -> SBlockRV | None:
+        """Return the producer block of that name, if there is one."""
+        return next((b for b in self.producers if block_name(self.sch, b) == name), None)
+
+    def merge_epilogue(self) -> SBlockRV | None:
+        """Inline all epilogue blocks but the last, which is returned; None if there is no epilogue."""
+        for block in self.epilogue[:-1]:
+            self.sch.compute_inline(block)
+        return self.epilogue[-1] if self.epilogue else None
+
+    def write_at(self, loop: LoopRV) -> SBlockRV:
+        """Keep main's result in a local buffer inside `loop` and write the output from it there.
+
+        Call it after main's loops are in order and before its reduction is decomposed. Returns the block that
+        writes: the merged epilogue, or a copy where there is none.
+        """
+        last = self.merge_epilogue()
+        if last is None:
+            last = self.sch.cache_write(self.main, 0, "local")
+        else:
+            self.sch.set_scope(self.main, 0, "local")
+        self.sch.reverse_compute_at(last, loop, preserve_unit_loops=True)
+        return last
+
+
+def child_blocks(sch: s_tir.Schedule) -> list[SBlockRV]:
+    """Return the blocks of a PrimFunc in order."""
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def block_name(sch: s_tir.Schedule, block: SBlockRV) -> str:
+    """Return the name of a block, unique in its function."""
+    return str(sch.get(block).name_hint)
+
+
+def annotation(sch: s_tir.Schedule, block: SBlockRV, key: str) -> Any:
+    """Return the value of a block's annotation, or None."""
+    return sch.get(block).annotations.get(key)
+
+
+def _ancestors(sch: s_tir.Schedule, block: SBlockRV) -> set[str]:
+    found: set[str] = set()
+    pending = [block]
+    while pending:
+        for producer in sch.get_producers(pending.pop()):
+            name = block_name(sch, producer)
+            if name not in found:
+                found.add(name)
+                pending.append(producer)
+    return found
+
+
+def loop_extent(sch: s_tir.Schedule, loop: LoopRV) -> int:
+    """Return the constant extent of a loop."""
+    return int(sch.get(loop).extent)
+
+
+def inner(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV) -> list[LoopRV]:
+    """Return the loops of `block` strictly inside `loop`; by position, as unit loops may have vanished."""
+    loops = sch.get_loops(block)
+    outer = sch.get(loop)
+    position = next(k for k, candidate in enumerate(loops) if sch.get(candidate).same_as(outer))
+    return list(loops[position + 1 :])
+
+
+def vectorize_inner(sch: s_tir.Schedule, loops: Sequence[LoopRV], lanes: int, unroll: bool = True) -> None:
+    """Vectorise the last of `loops` by `lanes`, and unroll the others.
+
+    Where `lanes` does not divide the extent, the largest power of two that does is taken: a predicate inside of
+    a vector would make it scalar.
+    """
+    *outer, last = loops
+    width = vector_factor(loop_extent(sch, last), lanes)
+    rest, vector = sch.split(last, [None, width])
+    if width > 1:
+        sch.vectorize(vector)
+    if unroll:
+        for loop in (*outer, rest):
+            sch.unroll(loop)
+
+
+def vector_factor(extent: int, lanes: int) -> int:
+    """Return the largest power of two up to `lanes` that divides `extent`."""
+    width = 1
+    while width * 2 <= lanes and extent % (width * 2) == 0:
+        width *= 2
+    return width
+
+
+def parallelize(sch: s_tir.Schedule, loop: LoopRV, rules: TargetRules, work: int, least: int) -> None:
+    """Run a loop in parallel where the target has threads and `work` reaches `least`."""
+    if rules.threads > 1 and work >= least and loop_extent(sch, loop) > 1:
+        sch.parallel(loop)
+
+
+def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules, item_bits: int = 32) -> None:
+    """Schedule a padding, packing or element-wise block at root: vectors inside, parallel outside if large."""
+    loops = list(sch.get_loops(block))
+    work = 1
+    for loop in loops:
+        work *= loop_extent(sch, loop)
+    lanes = max(1, rules.vector_bits // item_bits)
+    *outer, last = loops
+    width = vector_factor(loop_extent(sch, last), lanes)
+    if width > 1:
+        rest, vector = sch.split(last, [None, width])
+        sch.vectorize(vector)
+        outer = [*outer, rest]
+    if outer:
+        parallelize(
+            sch, sch.fuse(*outer[:-1]) if len(outer) > 1 else outer[0], rules, work, MIN_PARALLEL_ELEMENTS
+        )
+
+
+def constant_array(expr: relax.Expr, what: str) -> Any:
+    """Return the numpy value of a constant argument, such as a kernel's weights.
+
+    Raises
+    ------
+    KernelError
+        Where the argument is not a constant.
+    """
+    if not isinstance(expr, tvm.ir.GenericConst):
+        raise KernelError(
+            f"The {what} of a kernel must be a constant, not {expr}.", "Bind the parameters before lowering."
+        )
+    return expr.value.numpy()
+
+
+def scheduled(func: tirx.PrimFunc, sch: s_tir.Schedule) -> tirx.PrimFunc:
+    """Return the schedule's function with the attributes of the one that it was made from."""
+    result = sch.mod["main"]
+    for key, value in (func.attrs or {}).items():
+        result = result.with_attr(key, value)
+    return result.with_attr("tirx.is_scheduled", True)
