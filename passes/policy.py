@@ -1,0 +1,322 @@
+"""CompressionPolicy: what is done to each site of a model, as versioned JSON."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from tvm_compress.errors import PolicyError
+from tvm_compress.passes.groups import CoupledSet
+from tvm_compress.passes.sites import Site
+
+VERSION = 1
+SCHEMES = ("fp32", "int8", "bitserial")
+CRITERIA = ("tolerance", "l1", "l2")
+MAX_BITSERIAL_BITS = 6
+
+
+class BitserialRules(Protocol):
+    """The part of `schedules.target_rules.TargetRules` that a policy needs."""
+
+    def bitserial_legal(
+        self, kind: str, in_channels: int, out_channels: int, groups: int, out_height: int, out_width: int
+    ) -> str | None:
+        """Give the rule that such a bit-serial site would break, or None."""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class SitePolicy:
+    """What is done to one site; the defaults mean: untouched.
+
+    Parameters
+    ----------
+    channels
+        How many output channels of the site's coupled set are kept.
+    kept
+        Which of them, ascending; `channels` follows from it where it is not given.
+    scheme
+        "fp32" (32/32 bits), "int8" (8/8 bits) or "bitserial" (1 to 6 bits each).
+    note
+        For people, e.g. why bit-serial fell back to INT8.
+
+    Raises
+    ------
+    PolicyError
+        Where the values cannot be, whatever the model.
+    """
+
+    channels: int | None = None
+    kept: tuple[int, ...] | None = None
+    scheme: str = "fp32"
+    weight_bits: int = 32
+    activation_bits: int = 32
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._check_channels()
+        if self.scheme not in SCHEMES:
+            raise PolicyError(f"scheme must be one of {', '.join(SCHEMES)}, not {self.scheme!r}.")
+        low, high = {"fp32": (32, 32), "int8": (8, 8), "bitserial": (1, MAX_BITSERIAL_BITS)}[self.scheme]
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if not _is_int(bits) or not low <= bits <= high:
+                wanted = str(low) if low == high else f"{low} to {high}"
+                raise PolicyError(f"{name} must be {wanted} with scheme {self.scheme!r}, not {bits!r}.")
+        if not isinstance(self.note, str):
+            raise PolicyError(f"note must be text, not {self.note!r}.")
+
+    def _check_channels(self) -> None:
+        if self.kept is not None:
+            if isinstance(self.kept, str) or not isinstance(self.kept, Sequence):
+                raise PolicyError(f"kept must be a list of channels, not {self.kept!r}.")
+            object.__setattr__(self, "kept", tuple(self.kept))
+            if not all(_is_int(index) and index >= 0 for index in self.kept) or not self.kept:
+                raise PolicyError(f"kept must hold channel numbers from 0, at least one, not {self.kept!r}.")
+            if any(b <= a for a, b in zip(self.kept, self.kept[1:], strict=False)):
+                raise PolicyError(f"kept must be ascending without repeats, not {self.kept!r}.")
+            if self.channels is None:
+                object.__setattr__(self, "channels", len(self.kept))
+        if self.channels is not None and (not _is_int(self.channels) or self.channels < 1):
+            raise PolicyError(f"channels must be a whole number from 1, not {self.channels!r}.")
+        if self.kept is not None and self.channels != len(self.kept):
+            raise PolicyError(f"channels is {self.channels}, but kept holds {len(self.kept)} channels.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the site computes integers."""
+        return self.scheme != "fp32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the values that are not the defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: list(value) if name == "kept" else value for name, value in values.items()}
+
+
+def fingerprint(sites: Sequence[Site]) -> str:
+    """Hash of the names and shapes of a model's sites (16 hexadecimal digits)."""
+    rows = [
+        [s.name, s.kind, s.weight_shape, s.in_shape, s.out_shape, s.strides, s.padding, s.dilation, s.groups]
+        for s in sites
+    ]
+    return sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """What is done to a model: a `SitePolicy` per site; a site that is not named stays untouched.
+
+    Parameters
+    ----------
+    sites
+        By the sites' names.
+    target
+        What it was made for, as the user spelt it ("host", "raspberry-pi/4b-aarch64", ...).
+    rounding
+        The multiple that kept channels are rounded up to.
+    criterion
+        What chose the channels where `kept` is not given: "tolerance", "l1" or "l2".
+    found_by, metrics
+        Provenance: which search, with which results.
+    model
+        `fingerprint` of the sites it was made for; "" fits any model with these sites.
+
+    Raises
+    ------
+    PolicyError
+        Where a value cannot be; it names the site.
+    """
+
+    sites: dict[str, SitePolicy] = field(default_factory=dict)
+    target: str = "host"
+    rounding: int = 1
+    criterion: str = "tolerance"
+    seed: int = 0
+    found_by: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("target", "found_by", "model"):
+            if not isinstance(getattr(self, name), str):
+                raise PolicyError(f"{name} must be text, not {getattr(self, name)!r}.")
+        if not _is_int(self.rounding) or self.rounding < 1:
+            raise PolicyError(f"rounding must be a whole number from 1, not {self.rounding!r}.")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise PolicyError(f"seed must be a whole number from 0, not {self.seed!r}.")
+        if self.criterion not in CRITERIA:
+            raise PolicyError(f"criterion must be one of {', '.join(CRITERIA)}, not {self.criterion!r}.")
+        for name, value in self.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise PolicyError(f"metric {name!r} must be a finite number, not {value!r}.")
+        for name, site in self.sites.items():
+            if not isinstance(name, str) or not isinstance(site, SitePolicy):
+                raise PolicyError(f"site {name!r} must be a SitePolicy, not {site!r}.")
+
+    def __getitem__(self, site: str) -> SitePolicy:
+        """Give the policy of a site; an untouched one where the site is not named."""
+        return self.sites.get(site, SitePolicy())
+
+    def to_json(self) -> str:
+        """Write as deterministic JSON text: same policy, same bytes."""
+        values: dict[str, Any] = {"version": VERSION}
+        values |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sites"}
+        values["metrics"] = dict(sorted(self.metrics.items()))
+        values["sites"] = {name: site.to_dict() for name, site in sorted(self.sites.items())}
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "CompressionPolicy":
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        PolicyError
+            On text that is not JSON, another version, unknown keys and impossible values.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise PolicyError(f"The policy is not JSON: {error}.", "Give a file that this tool wrote.") from error
+        if not isinstance(values, dict):
+            raise PolicyError(f"The policy must be a JSON object, not {type(values).__name__}.")
+        version = values.pop("version", None)
+        if version != VERSION or isinstance(version, bool):
+            raise PolicyError(
+                f"The policy has version {version!r}; this tool reads version {VERSION}.",
+                "Make it again with this version of the tool.",
+            )
+        _check_keys(values, cls, "The policy")
+        for name in ("sites", "metrics"):
+            if not isinstance(values.get(name, {}), dict):
+                raise PolicyError(f"{name} must be a JSON object, not {values[name]!r}.")
+        sites = {name: _read_site(name, site) for name, site in values.pop("sites", {}).items()}
+        return cls(sites=sites, **values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a file; it is never seen half-written."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CompressionPolicy":
+        """Read a file; a PolicyError names the file where it cannot be read."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"The policy {path} cannot be read: {error}.") from error
+        return cls.from_json(text)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Check that the policy fits a model, given its sites before any pruning.
+
+        Raises
+        ------
+        PolicyError
+            On unknown sites, channels that the site has not, and a policy made for another model.
+        """
+        known = {site.name: site for site in sites}
+        for name, wanted in self.sites.items():
+            site = known.get(name)
+            if site is None:
+                raise PolicyError(
+                    f"The policy names site {name!r}, which the model has not.",
+                    f"Its sites are: {', '.join(known)}.",
+                )
+            if wanted.channels is not None and wanted.channels > site.out_channels:
+                raise PolicyError(
+                    f"Site {name!r} has {site.out_channels} output channels; {wanted.channels} cannot be kept."
+                )
+            if wanted.kept is not None and wanted.kept[-1] >= site.out_channels:
+                raise PolicyError(
+                    f"Site {name!r} has {site.out_channels} output channels; there is no channel {wanted.kept[-1]}."
+                )
+        found = fingerprint(sites)
+        if self.model and self.model != found:
+            raise PolicyError(
+                f"This is a policy for another model: made for sites with fingerprint {self.model}, "
+                f"the model's is {found}.",
+                "Search again for this model, or give the model that the policy was made for.",
+            )
+
+    def legalize(
+        self, sites: Sequence[Site], rules: BitserialRules, sets: Sequence[CoupledSet] = ()
+    ) -> "CompressionPolicy":
+        """Turn the bit-serial sites that a target has no kernel for into INT8, with the reason as note.
+
+        `sets` are the model's coupled sets: with them, the rules see the channels that are left after this
+        policy's pruning, on both sides of each site; without them, the sites as they are.
+        """
+        left = channels_after(sites, sets, self)
+        changed = dict(self.sites)
+        for site in sites:
+            wanted = self[site.name]
+            if wanted.scheme != "bitserial":
+                continue
+            ins, outs = left[site.name]
+            height, width = site.out_shape[1:3] if site.kind == "conv2d" else (1, 1)
+            groups = ins if site.groups == site.in_channels > 1 else site.groups
+            broken = rules.bitserial_legal(site.kind, ins, outs, groups, height, width)
+            if broken is not None:
+                changed[site.name] = replace(
+                    wanted,
+                    scheme="int8",
+                    weight_bits=8,
+                    activation_bits=8,
+                    note=f"INT8 instead of bit-serial {wanted.weight_bits}x{wanted.activation_bits}: {broken}",
+                )
+        return replace(self, sites=changed)
+
+
+def channels_after(
+    sites: Sequence[Site], sets: Sequence[CoupledSet], policy: CompressionPolicy
+) -> dict[str, tuple[int, int]]:
+    """Give each site's input and output channels that are left by the policy's pruning."""
+    cut: dict[tuple[str, int], int] = {}
+    for coupled in sets:
+        wanted = [policy[name].channels for name in coupled.producers]
+        kept = next((channels for channels in wanted if channels is not None), coupled.channels)
+        for one in coupled.cuts:
+            key = one.parameter, one.axis
+            cut[key] = cut.get(key, 0) + (coupled.channels - kept) * one.repeat
+    left = {}
+    for site in sites:
+        outs = site.out_channels - cut.get((site.weight, 0), 0)
+        # A depthwise convolution has no weights per input channel: its channels go in and out together.
+        depthwise = site.groups == site.in_channels == site.out_channels and site.groups > 1
+        left[site.name] = (outs if depthwise else site.in_channels - cut.get((site.weight, 1), 0), outs)
+    return left
+
+
+def _check_keys(values: Mapping[str, Any], cls: type, what: str) -> None:
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    if unknown:
+        raise PolicyError(
+            f"{what} has unknown keys: {', '.join(unknown)}.",
+            f"Known are: {', '.join(f.name for f in fields(cls))}.",
+        )
+
+
+def _read_site(name: str, values: Any) -> SitePolicy:
+    if not isinstance(values, dict):
+        raise PolicyError(f"Site {name!r} must be a JSON object, not {values!r}.")
+    _check_keys(values, SitePolicy, f"Site {name!r}")
+    try:
+        return SitePolicy(**values)
+    except PolicyError as error:
+        raise PolicyError(f"Site {name!r}: {error.message}", error.hint) from error
