@@ -1,0 +1,1 @@
+"""Relax to Relax: what is done to a module."""

@@ -1,0 +1,1 @@
+"""Devices, measurement, and where measurements are kept."""

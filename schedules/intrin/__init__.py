@@ -1,0 +1,1 @@
+"""Tensor intrinsics: pairs of a description and an implementation."""

@@ -1,0 +1,1 @@
+"""From files of other frameworks to canonical modules."""

@@ -1,0 +1,1 @@
+"""The networks and data that ship with the tool."""
