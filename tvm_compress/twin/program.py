@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from tvm_compress.errors import ModelError, UnsupportedOperatorError
+from tvm_compress.passes.params import num_inputs
 
 TUPLE = "Tuple"
 TUPLE_GET_ITEM = "TupleGetItem"
@@ -86,12 +87,6 @@ class Program:
             for slot in dict.fromkeys(node.inputs):
                 consumers.setdefault(slot, []).append(node)
         return consumers
-
-
-def num_inputs(function: relax.Function) -> int:
-    """Number of a function's parameters that are inputs; the others have values."""
-    count = len(function.params)
-    return int(function.attrs.get("num_input", count)) if function.attrs is not None else count
 
 
 def read_program(module: tvm.IRModule) -> Program:
