@@ -1,7 +1,10 @@
 """What a report shows, as plain values: whoever ran the job fills them in, plots and page only draw."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+from tvm_compress.errors import StudyError
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,32 @@ class ReportData:
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the data as JSON text, from which `from_json` makes it again."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "ReportData":
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        StudyError
+            If the text is not that.
+        """
+        try:
+            values = json.loads(text)
+            return ReportData(
+                **values
+                | {
+                    "dense": Variant(**values["dense"]),
+                    "best": Variant(**values["best"]),
+                    "trials": [TrialPoint(**trial) for trial in values["trials"]],
+                    "sites": [SiteBar(**site) for site in values["sites"]],
+                }
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"The report's data cannot be read: {error}.", "Run the search again with the same --study."
+            ) from error

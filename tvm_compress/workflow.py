@@ -1,0 +1,294 @@
+"""The main job from end to end: search, build for each target, verify on the device, measure, report."""
+
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvm_compress.artifact import Artifact, Verification
+from tvm_compress.compression import compile_model, compressed_model, twin_logits
+from tvm_compress.data.dataset import Dataset, Split
+from tvm_compress.metrics.cost import metrics
+from tvm_compress.model import Model
+from tvm_compress.passes.groups import find_coupled_sets
+from tvm_compress.passes.sites import find_sites
+from tvm_compress.report.data import ReportData, SiteBar, TrialPoint, Variant
+from tvm_compress.report.html import write_report
+from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings, open_device
+from tvm_compress.search.results import Progress, ProgressEvent, SearchResult, no_progress
+from tvm_compress.search.run import run_search
+from tvm_compress.search.settings import SearchSettings
+
+REPORT_DATA = "report.json"
+RPI4 = "raspberry-pi/4b-aarch64"
+
+# Emulation takes a second where a board takes a millisecond: fewer images show the same.
+EMULATED_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Built:
+    """The dense and the compressed artifact for one target, verified and timed on one device."""
+
+    target: str
+    dense: Artifact
+    best: Artifact
+    dense_check: Verification
+    best_check: Verification
+    dense_latency: LatencyResult
+    best_latency: LatencyResult
+
+    @property
+    def ratio(self) -> float:
+        """Latency of the compressed library over that of the dense one, from the same session."""
+        return self.best_latency.value / self.dense_latency.value
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `run_study` hands over: the search, what was built, and the report."""
+
+    search: SearchResult
+    built: list[Built]
+    report_data: ReportData
+    report: Path
+    summary: dict[str, Any]
+
+
+def target_label(target: str) -> str:
+    """Short name of a target for files: "host", "rpi4", else its letters, digits, dots and dashes."""
+    return {"host": "host", RPI4: "rpi4"}.get(target, re.sub(r"[^A-Za-z0-9.]+", "-", target).strip("-"))
+
+
+def device_for(target: str, settings: SearchSettings) -> Device | None:
+    """Device on which libraries for a target can be run here; None for a target that nothing here can run."""
+    if target == "host" or (target == settings.target and settings.device == "local"):
+        return open_device("local", threads=settings.threads)
+    if target == RPI4 or settings.device == "emulated-a72":
+        return open_device("emulated-a72")
+    return None
+
+
+def run_study(
+    model: Model,
+    split: Split,
+    settings: SearchSettings,
+    path: Path,
+    *,
+    targets: Sequence[str] = (),
+    measurement: MeasurementSettings | None = None,
+    title: str = "",
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Search a policy, build, verify and time dense and compressed artifacts, and write the report.
+
+    Parameters
+    ----------
+    path
+        The study's directory. Everything is written there; started again, a search goes on
+        from its checkpoint.
+    targets
+        Targets to build artifacts for; the search's own comes first and may be left out.
+    measurement
+        How the final latencies are taken; the default takes more samples than the search does.
+
+    Raises
+    ------
+    TvmCompressError
+        See the parts: search, passes, devices.
+    """
+    search = run_search(model, split, settings, path, progress)
+    best = compressed_model(model, search.best.policy, search.best.module)
+    best.save(path / "compressed")
+    search.best.policy.save(path / "policy.json")
+    wanted = list(dict.fromkeys([settings.build_target, *targets]))
+    built = []
+    for index, target in enumerate(wanted):
+        progress(ProgressEvent("build", index, len(wanted), text=target))
+        built.append(_build_and_check(model, best, split.test, target, settings, path, measurement))
+    data = _report_data(title or f"Study {path.name}", path.name, model, best, search, built, settings)
+    (path / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
+    report = write_report(data, path / "report.html")
+    return Outcome(search, built, data, report, _summary(data, search, built, path, report))
+
+
+def _build_and_check(
+    dense: Model,
+    best: Model,
+    test: Dataset,
+    target: str,
+    settings: SearchSettings,
+    path: Path,
+    measurement: MeasurementSettings | None,
+) -> Built:
+    label = target_label(target)
+    device = device_for(target, settings)
+    artifacts = (
+        compile_model(dense, target, path / f"artifact-dense-{label}"),
+        compile_model(best, target, path / f"artifact-{label}"),
+    )
+    images = test if device is None or device.unit == "seconds" else test.take(slice(0, EMULATED_IMAGES))
+    checks = []
+    for model, artifact in zip((dense, best), artifacts, strict=True):
+        checks.append(artifact.verify(images.normalized(), images.y, device, twin_logits(model, images)))
+    recorded = [artifact.record(check) for artifact, check in zip(artifacts, checks, strict=True)]
+    timing = measurement or MeasurementSettings(threads=device.threads, warmup=3, repeat=30, min_repeat_ms=20)
+    latencies = recorded[1].benchmark(device, {"dense": recorded[0]}, timing)
+    return Built(
+        target, recorded[0], recorded[1], checks[0], checks[1], latencies["dense"], latencies["this"]
+    )
+
+
+def _variant(name: str, model: Model, search: SearchResult, built: Sequence[Built]) -> Variant:
+    first = built[0]
+    artifact, check, latency = (
+        (first.dense, first.dense_check, first.dense_latency)
+        if name == "dense"
+        else (first.best, first.best_check, first.best_latency)
+    )
+    policy = None if name == "dense" else search.best.policy
+    costs = metrics(model.module, policy)
+    cycles = [
+        (b.dense_latency if name == "dense" else b.best_latency).value
+        for b in built
+        if b.best_latency.unit == "estimated_cycles"
+    ]
+    return Variant(
+        name=name,
+        accuracy=check.accuracy,
+        latency=latency.value,
+        latency_spread=latency.spread,
+        latency_unit=latency.unit,
+        emulated_cycles=cycles[0] if cycles else None,
+        library_bytes=float(artifact.library.stat().st_size),
+        **{key: costs.get(key) for key in ("macs", "bops", "parameter_bytes", "esn_a", "esn_d")},
+    )
+
+
+def _report_data(
+    title: str,
+    study: str,
+    model: Model,
+    best: Model,
+    search: SearchResult,
+    built: Sequence[Built],
+    settings: SearchSettings,
+) -> ReportData:
+    timing = built[0].best_latency.settings
+    return ReportData(
+        title=title,
+        study=study,
+        seed=settings.seed,
+        budget=settings.budget,
+        dense=_variant("dense", model, search, built),
+        best=_variant("compressed", best, search, built),
+        trials=[
+            TrialPoint(
+                t.episode,
+                t.reward,
+                t.result.accuracy,
+                t.result.ratio,
+                t.result.latency_kind,
+                t.phase == "warmup",
+            )
+            for t in search.trials
+        ],
+        sites=site_bars(model, search),
+        sensitivity=search.sensitivity,
+        pareto=[t.episode for t in search.pareto],
+        chosen=search.best.episode,
+        agreement={b.best.path.name: float(b.best_check.agreement or 0.0) for b in built},
+        settings={key: str(value) for key, value in settings.to_dict().items()}
+        | {"final measurement": ", ".join(f"{k} {v}" for k, v in timing.to_dict().items())}
+        | {"test images": ", ".join(f"{b.best_check.samples} on {b.best_check.device}" for b in built)}
+        | {"seconds": ", ".join(f"{k} {v:.1f}" for k, v in search.seconds.items())},
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **built[0].best.manifest.versions,
+        },
+        machine={
+            "processor": processor_name(),
+            "system": platform.platform(),
+            "target": str(built[0].best.manifest.target),
+        },
+    )
+
+
+def site_bars(model: Model, search: SearchResult) -> list[SiteBar]:
+    """What the best policy does to each site of the dense model, in order of execution."""
+    policy = search.best.policy
+    kept = {
+        producer: policy[group.name].channels or group.channels
+        for group in find_coupled_sets(model.module)
+        for producer in group.producers
+    }
+    return [
+        SiteBar(
+            name=site.name,
+            channels_total=site.out_channels,
+            channels_kept=kept.get(site.name, site.out_channels),
+            scheme=policy[site.name].scheme,
+            weight_bits=policy[site.name].weight_bits,
+            activation_bits=policy[site.name].activation_bits,
+            note=policy[site.name].note,
+        )
+        for site in find_sites(model.module)
+    ]
+
+
+def processor_name() -> str:
+    """Model name of this machine's processor, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _summary(
+    data: ReportData, search: SearchResult, built: Sequence[Built], path: Path, report: Path
+) -> dict[str, Any]:
+    """The JSON of `search` and `demo` (docs/architecture.md)."""
+
+    def variant(v: Variant) -> dict[str, Any]:
+        return {
+            "accuracy": v.accuracy,
+            "latency": v.latency,
+            "latency_unit": v.latency_unit,
+            "macs": v.macs,
+            "bops": v.bops,
+            "bytes": v.parameter_bytes,
+            "emulated_cycles": v.emulated_cycles,
+        }
+
+    return {
+        "study": data.study,
+        "seed": data.seed,
+        "dense": variant(data.dense),
+        "best": variant(data.best),
+        "ratio": built[0].ratio,
+        "agreement": dict(data.agreement),
+        "trials": [
+            {
+                "episode": t.episode,
+                "reward": t.reward,
+                "accuracy": t.result.accuracy,
+                "ratio": t.result.ratio,
+                "latency_kind": t.result.latency_kind,
+            }
+            for t in search.trials
+        ],
+        "paths": {
+            "study": str(path),
+            "policy": str(path / "policy.json"),
+            "model": str(path / "compressed"),
+            "artifacts": {target_label(b.target): str(b.best.path) for b in built},
+            "report": str(report),
+        },
+    }
