@@ -1,9 +1,16 @@
 """Find the compressible sites of a module: its convolutions and dense layers, by stable names."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from tvm import IRModule
+from tvm import IRModule, relax
+
+from tvm_compress.passes.graph import bindings, definitions, operator, weight_parameter
+from tvm_compress.schedules.ops import static_shape
+
+_KINDS = {"relax.nn.conv2d": "conv2d", "relax.matmul": "dense"}
 
 
 @dataclass(frozen=True)
@@ -70,4 +77,35 @@ def site_name(weight: str) -> str:
 
 def find_sites(module: IRModule) -> list[Site]:
     """Give the sites of a float, annotated or QDQ module in order of execution."""
-    raise NotImplementedError
+    function = module["main"]
+    defined = definitions(function)
+    sites = []
+    for _, value in bindings(function):
+        if operator(value) not in _KINDS:
+            continue
+        weight = weight_parameter(value.args[1], defined, function)
+        if weight is not None:
+            sites.append(make_site(value, weight))
+    return sites
+
+
+def make_site(call: relax.Call, weight: relax.Var) -> Site:
+    """Describe the site that a call computes with this weight parameter."""
+    kind = _KINDS[operator(call)]
+    rest: dict[str, Any] = {}
+    if kind == "conv2d":
+        rest = {name: _ints(getattr(call.attrs, name)) for name in ("strides", "padding", "dilation")}
+        rest["groups"] = int(call.attrs.groups)
+    return Site(
+        name=site_name(weight.name),
+        kind=kind,
+        weight=weight.name,
+        weight_shape=static_shape(weight),
+        in_shape=(1, *static_shape(call.args[0])[1:]),
+        out_shape=(1, *(int(extent) for extent in call.ty.shape[1:])),
+        **rest,
+    )
+
+
+def _ints(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
