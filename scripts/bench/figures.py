@@ -1,0 +1,79 @@
+"""What every benchmark writes: figures with their goals, machine and versions; `met` is computed here."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tvm_compress.workflow import processor_name
+
+COMPARISONS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "==": lambda a, b: a == b}
+PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy", "xgboost-cpu")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and what it was meant to reach."""
+
+    id: str
+    value: float
+    unit: str
+    goal: float
+    comparison: str
+    peer: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the value compares with the goal as wanted."""
+        return bool(COMPARISONS[self.comparison](self.value, self.goal))
+
+
+def machine() -> dict[str, Any]:
+    """The machine as a reader of the figures needs it."""
+    return {"processor": processor_name(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def commit() -> str:
+    """Commit that the figures were taken on, with "+" if files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        ).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + (
+        "+" if git("status", "--porcelain", "-uno").strip() else ""
+    )
+
+
+def write(
+    path: Path, name: str, settings: dict[str, Any], figures: Sequence[Figure], data: Sequence[dict[str, Any]]
+) -> None:
+    """Write the JSON of a benchmark (docs/architecture.md) and print its table."""
+    content = {
+        "name": name,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "settings": settings,
+        "figures": [asdict(figure) | {"met": figure.met} for figure in figures],
+        "data": list(data),
+    }
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    for figure in figures:
+        verdict = "met" if figure.met else "MISSED"
+        print(
+            f"{figure.id:<46} {figure.value:>10.4g} {figure.unit:<10} {figure.comparison} {figure.goal:<8g} {verdict}"
+        )
