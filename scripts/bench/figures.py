@@ -74,6 +74,5 @@ def write(
     os.replace(temporary, path)
     for figure in figures:
         verdict = "met" if figure.met else "MISSED"
-        print(
-            f"{figure.id:<46} {figure.value:>10.4g} {figure.unit:<10} {figure.comparison} {figure.goal:<8g} {verdict}"
-        )
+        goal = f"{figure.comparison} {figure.goal:<8g}"
+        print(f"{figure.id:<54} {figure.value:>10.4g} {figure.unit:<8} {goal} {verdict}")
