@@ -1,4 +1,4 @@
-"""The frame that all kernel families plug into: annotations, the parts of a fused PrimFunc, schedule helpers."""
+"""The frame of all kernel families: annotations, the parts of a fused PrimFunc, schedule helpers."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +51,9 @@ def kernel_attrs(family: str, info: Mapping[str, Any]) -> dict[str, str]:
     family
         Name of the KernelFamily that will schedule it.
     info
-        What it computes: operator ("conv2d" | "dense"), scheme, N, H, W, IC, OC, OH, OW, KH, KW, stride, groups,
-        activation_bits, weight_bits, and whatever the family's schedule wants to find again. JSON values only.
+        What it computes: operator ("conv2d" | "dense"), scheme, N, H, W, IC, OC, OH, OW, KH, KW, stride,
+        groups, activation_bits, weight_bits, and whatever the family's schedule wants to find again. JSON
+        values only.
     """
     return {KERNEL: family, INFO: json.dumps(dict(info), sort_keys=True)}
 
@@ -160,8 +161,8 @@ def inner(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV) -> list[LoopRV]:
 def vectorize_inner(sch: s_tir.Schedule, loops: Sequence[LoopRV], lanes: int, unroll: bool = True) -> None:
     """Vectorise the last of `loops` by `lanes`, and unroll the others.
 
-    Where `lanes` does not divide the extent, the largest power of two that does is taken: a predicate inside of
-    a vector would make it scalar.
+    Where `lanes` does not divide the extent, the largest power of two that does is taken: a predicate inside
+    of a vector would make it scalar.
     """
     *outer, last = loops
     width = vector_factor(loop_extent(sch, last), lanes)
@@ -188,7 +189,7 @@ def parallelize(sch: s_tir.Schedule, loop: LoopRV, rules: TargetRules, work: int
 
 
 def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules, item_bits: int = 32) -> None:
-    """Schedule a padding, packing or element-wise block at root: vectors inside, parallel outside if large."""
+    """Schedule a padding, packing or element-wise block: vectors inside, parallel outside if large."""
     loops = list(sch.get_loops(block))
     work = 1
     for loop in loops:

@@ -86,6 +86,10 @@ class TargetRules:
         ----------
         kind
             "conv2d" or "dense"; for "dense" the spatial extents do not count.
+        in_channels, out_channels, groups
+            Of the site as it will be after pruning.
+        out_height, out_width
+            Spatial extents of the output.
         """
         if in_channels % 32:
             return f"bit-serial needs input channels in multiples of 32, not {in_channels}"

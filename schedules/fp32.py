@@ -1,0 +1,332 @@
+"""Direct float32 convolutions and dense layers: packed weights, register tiles, fused epilogues."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import relax, s_tir, te, topi
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from tvm_compress.errors import KernelError
+from tvm_compress.schedules import kernel
+from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
+from tvm_compress.schedules.target_rules import TargetRules
+
+# The innermost reduction loops are unrolled up to this many iterations: enough for a first layer's single
+# input channel, while more only makes code that misses the instruction cache.
+_UNROLLED_REDUCTION = 4
+
+# Register tiles: most vectors of output channels and most pixels that one tile may hold.
+_MAX_VECTORS = 6
+_MAX_PIXELS = 12
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: `vectors` of output channels times `rows` x `columns` output pixels."""
+
+    vectors: int
+    rows: int
+    columns: int
+
+
+def choose_tile(rules: TargetRules, rows: int, columns: int, channels: int, reduction: int) -> Tile:
+    """Return the tile with the least estimated cycles for an output of rows x columns x channels.
+
+    The estimate per step of the reduction is the greatest of multiply-add throughput, load throughput
+    (one load per weight vector and per pixel) and multiply-add latency; overhanging parts of tiles count.
+    """
+    lanes = rules.fp32_lanes
+    vectors = -(-channels // lanes)
+    best, best_cost = Tile(1, 1, 1), math.inf
+    for v in range(1, min(_MAX_VECTORS, vectors) + 1):
+        for th in range(1, min(4, rows) + 1):
+            for tw in range(1, min(_MAX_PIXELS // th, columns) + 1):
+                step = _cycles_per_step(rules, v, th * tw, reduction)
+                if step is None:
+                    continue
+                tiles = -(-rows // th) * -(-columns // tw) * -(-vectors // v)
+                store = 1.5 * v * th * tw + 8
+                cost = tiles * (reduction * step + store)
+                if cost < best_cost:
+                    best, best_cost = Tile(v, th, tw), cost
+    return best
+
+
+def _cycles_per_step(rules: TargetRules, vectors: int, pixels: int, reduction: int) -> float | None:
+    """Return the cycles of one reduction step of a tile, or None where it does not fit the registers."""
+    accumulators = vectors * pixels
+    # Weights stay in registers; NEON multiplies by an element, x86 needs a register for the broadcast.
+    if accumulators + vectors + 1 > rules.vector_registers - (rules.vector_registers == 16):
+        return None
+    pipes, loads, latency = (1.0, 1.0, 7.0) if rules.isa == "a72" else (2.0, 2.0, 4.0)
+    cycles = max(accumulators / pipes, (vectors + pixels) / loads, latency)
+    weight_bytes = vectors * rules.vector_bits // 8
+    if reduction * weight_bytes > rules.l1_bytes // 2:
+        # Weights come from the second-level cache: about half a vector a cycle.
+        cycles = max(cycles, 2.0 * vectors)
+    return cycles
+
+
+def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace `relax.nn.conv2d` (NHWC, OIHW) or `relax.matmul` with constant weights by a packed kernel.
+
+    Raises
+    ------
+    KernelError
+        Where the weights are no constants or the layouts are others.
+    """
+    if call.op.name == "relax.matmul":
+        return _legalize_dense(bb, call, rules)
+    attrs = call.attrs
+    if attrs.data_layout != "NHWC" or attrs.kernel_layout != "OIHW":
+        raise KernelError(
+            f"fp32 convolutions need NHWC data and OIHW weights, not {attrs.data_layout}, {attrs.kernel_layout}.",
+            "Run Canonicalize first.",
+        )
+    weight = kernel.constant_array(call.args[1], "weights")
+    groups, in_channels = int(attrs.groups), int(call.args[0].ty.shape[3])
+    if groups > 1 and groups == in_channels == weight.shape[0]:
+        return _legalize_depthwise(bb, call, weight, rules)
+    return _legalize_conv(bb, call, weight, rules)
+
+
+def conv_geometry(call: relax.Call, weight_shape: Sequence[int]) -> dict[str, Any]:
+    """Return a convolution call's shapes and attributes by the names of kernel.kernel_attrs."""
+    attrs = call.attrs
+    n, h, w, c = (int(extent) for extent in call.args[0].ty.shape)
+    top, left, bottom, right = (int(p) for p in attrs["padding"])
+    (sh, sw), (dh, dw) = ([int(v) for v in attrs[key]] for key in ("strides", "dilation"))
+    oc, _, kh, kw = (int(extent) for extent in weight_shape)
+    return {
+        "operator": "conv2d",
+        "N": n, "H": h, "W": w, "IC": c, "OC": oc, "KH": kh, "KW": kw,
+        "OH": (h + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+        "OW": (w + left + right - dw * (kw - 1) - 1) // sw + 1,
+        "stride": sh, "strides": [sh, sw], "dilation": [dh, dw], "padding": [top, left, bottom, right],
+        "groups": int(attrs["groups"]),
+    }  # fmt: skip
+
+
+def padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int, value: Any = 0.0) -> te.Tensor:
+    """Pad an NHWC tensor so that `rows` x `columns` output pixels can be computed, if that takes padding.
+
+    `rows` and `columns` may exceed the true output, so that tiles divide it; the surplus is cropped later.
+    """
+    top, left, bottom, right = info["padding"]
+    (sh, sw), (dh, dw) = info["strides"], info["dilation"]
+    bottom = max(bottom, (rows - 1) * sh + dh * (info["KH"] - 1) + 1 - info["H"] - top)
+    right = max(right, (columns - 1) * sw + dw * (info["KW"] - 1) + 1 - info["W"] - left)
+    if not (top or left or bottom > 0 or right > 0):
+        return x
+    return topi.nn.pad(
+        x, [0, top, left, 0], [0, max(bottom, 0), max(right, 0), 0], pad_value=value, name="pad"
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def pack_weights(weight: np.ndarray, block: int) -> np.ndarray:
+    """Pack OIHW weights as [OC/block][KH][KW][IC][block], zeros filling the last block."""
+    oc, ic, kh, kw = weight.shape
+    blocks = -(-oc // block)
+    padded = np.zeros((blocks * block, ic, kh, kw), weight.dtype)
+    padded[:oc] = weight
+    return np.ascontiguousarray(padded.reshape(blocks, block, ic, kh, kw).transpose(0, 3, 4, 2, 1))
+
+
+def _legalize_conv(
+    bb: relax.BlockBuilder, call: relax.Call, weight: np.ndarray, rules: TargetRules
+) -> relax.Expr:
+    info = conv_geometry(call, weight.shape)
+    per_group = info["OC"] // info["groups"]
+    reduction = weight.shape[1] * info["KH"] * info["KW"]
+    tile = choose_tile(rules, info["OH"], info["OW"], per_group, reduction)
+    block = tile.vectors * rules.fp32_lanes
+    if info["groups"] > 1 and per_group % block:
+        # A block must stay inside of its group.
+        block = _block_within(per_group, rules.fp32_lanes)
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
+    info |= {"block": block, "tile": [tile.rows, tile.columns], "IC_per_group": weight.shape[1]}
+    packed = relax.const(pack_weights(weight, block))
+    return bb.call_te(
+        _conv_compute, call.args[0], packed, info,
+        primfunc_name_hint="conv2d_fp32", primfunc_attrs={"op_pattern": 4},
+    )  # fmt: skip
+
+
+def _block_within(channels: int, lanes: int) -> int:
+    """Return the largest block of up to 2 vectors, else of a power of two, that divides `channels`."""
+    return kernel.vector_factor(channels, 2 * lanes)
+
+
+def _conv_compute(x: te.Tensor, weight: te.Tensor, info: dict[str, Any]) -> te.Tensor:
+    (sh, sw), (dh, dw) = info["strides"], info["dilation"]
+    rows, columns = (_round_up(info[key], t) for key, t in zip(("OH", "OW"), info["tile"], strict=True))
+    block, per_group, ic_group = info["block"], info["OC"] // info["groups"], info["IC_per_group"]
+    channels = _round_up(info["OC"], block)
+    padded = padded_input(x, info, rows, columns)
+    kh, kw = te.reduce_axis((0, info["KH"]), "kh"), te.reduce_axis((0, info["KW"]), "kw")
+    ic = te.reduce_axis((0, ic_group), "ic")
+
+    def value(n: Any, h: Any, w: Any, c: Any) -> Any:
+        channel = ic if info["groups"] == 1 else c // per_group * ic_group + ic
+        pixel = padded[n, h * sh + kh * dh, w * sw + kw * dw, channel]
+        return te.sum(pixel * weight[c // block, kh, kw, ic, c % block], axis=[kh, kw, ic])
+
+    result = te.compute(
+        (info["N"], rows, columns, channels), value, name="conv", attrs=kernel.kernel_attrs("fp32", info)
+    )
+    return crop(result, (info["N"], info["OH"], info["OW"], info["OC"]))
+
+
+def crop(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
+    """Return the first part of a tensor; the tensor itself where the shape is the same."""
+    if tuple(int(extent) for extent in x.shape) == tuple(shape):
+        return x
+    return te.compute(tuple(shape), lambda *indices: x(*indices), name="crop")
+
+
+def _legalize_depthwise(
+    bb: relax.BlockBuilder, call: relax.Call, weight: np.ndarray, rules: TargetRules
+) -> relax.Expr:
+    info = conv_geometry(call, weight.shape)
+    block = kernel.vector_factor(info["OC"], 2 * rules.fp32_lanes)
+    tile = choose_tile(rules, 1, info["OW"], block, info["KH"] * info["KW"])
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
+    info |= {"block": block, "tile": [1, tile.columns]}
+
+    def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
+        (sh, sw), (dh, dw) = info["strides"], info["dilation"]
+        columns = _round_up(info["OW"], tile.columns)
+        padded = padded_input(x, info, info["OH"], columns)
+        kh, kw = te.reduce_axis((0, info["KH"]), "kh"), te.reduce_axis((0, info["KW"]), "kw")
+        result = te.compute(
+            (info["N"], info["OH"], columns, info["OC"]),
+            lambda n, h, w, c: te.sum(
+                padded[n, h * sh + kh * dh, w * sw + kw * dw, c] * packed[kh, kw, c], axis=[kh, kw]
+            ),
+            name="conv",
+            attrs=kernel.kernel_attrs("fp32", info),
+        )
+        return crop(result, (info["N"], info["OH"], info["OW"], info["OC"]))
+
+    packed = relax.const(np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)))
+    return bb.call_te(
+        compute, call.args[0], packed,
+        primfunc_name_hint="depthwise_fp32", primfunc_attrs={"op_pattern": 4},
+    )  # fmt: skip
+
+
+def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    weight = kernel.constant_array(call.args[1], "weights").T
+    shape = [int(extent) for extent in call.args[0].ty.shape]
+    if weight.ndim != 2 or len(shape) != 2:
+        raise KernelError(f"fp32 dense needs 2-D data and weights, not shapes {shape} and {weight.shape}.")
+    out, inputs = weight.shape
+    n = shape[0]
+    tile = choose_tile(rules, 1, n, out, inputs)
+    block = tile.vectors * rules.fp32_lanes
+    info = {
+        "operator": "dense", "scheme": "fp32", "activation_bits": 32, "weight_bits": 32,
+        "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1, "groups": 1,
+        "block": block, "tile": [tile.columns],
+    }  # fmt: skip
+
+    def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
+        rows, channels = _round_up(n, tile.columns), _round_up(out, block)
+        padded = x if rows == n else topi.nn.pad(x, [0, 0], [rows - n, 0], name="pad")
+        ic = te.reduce_axis((0, inputs), "ic")
+        result = te.compute(
+            (rows, channels),
+            lambda i, c: te.sum(padded[i, ic] * packed[c // block, ic, c % block], axis=[ic]),
+            name="dense",
+            attrs=kernel.kernel_attrs("fp32", info),
+        )
+        return crop(result, (n, out))
+
+    packed = relax.const(pack_weights(weight.reshape(out, inputs, 1, 1), block)[:, 0, 0])
+    return bb.call_te(
+        compute, call.args[0], packed, primfunc_name_hint="dense_fp32", primfunc_attrs={"op_pattern": 4}
+    )
+
+
+def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> None:
+    """Schedule a kernel that `legalize` made, with whatever was fused behind it."""
+    info = fused.info
+    dense = info["operator"] == "dense"
+    spatial, channel, reduction = _split_loops(sch, fused.main, 1 if dense else 3)
+    tiles = info["tile"] if dense else [1, *info["tile"]]
+    pairs = [sch.split(loop, [None, size]) for loop, size in zip(spatial, tiles, strict=True)]
+    outer, pixels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    block, inside = sch.split(channel, [None, info["block"]])
+    lanes = min(rules.fp32_lanes, info["block"])
+    vectors, vector = sch.split(inside, [None, lanes])
+    *rows, last_outer = outer
+    overhang = info["OC"] % info["block"] != 0
+    macs = (
+        info["N"]
+        * info["OH"]
+        * info["OW"]
+        * info["OC"]
+        * math.prod(kernel.loop_extent(sch, loop) for loop in reduction)
+    )
+    if overhang or not rows:
+        # The block loop is cut into full blocks and the last one (see _write): it must stand alone.
+        sch.reorder(*rows, block, last_outer, *reduction, *pixels, vectors, vector)
+        parallel = sch.fuse(*rows) if rows else block
+    else:
+        first, *others = rows
+        sch.reorder(first, block, *others, last_outer, *reduction, *pixels, vectors, vector)
+        parallel = sch.fuse(first, block, *others)
+    _write(sch, fused, last_outer, lanes, overhang)
+    if overhang:
+        sch.annotate(block, "pragma_loop_partition_hint", 1)
+    for loop in (*pixels, vectors):
+        sch.unroll(loop)
+    sch.vectorize(vector)
+    _unroll_reduction(sch, reduction)
+    if not (overhang and not rows):
+        kernel.parallelize(sch, parallel, rules, macs, kernel.MIN_PARALLEL_MACS)
+    sch.decompose_reduction(fused.main, reduction[0])
+    for producer in fused.producers:
+        kernel.schedule_injective(sch, producer, rules)
+
+
+def _split_loops(
+    sch: s_tir.Schedule, block: SBlockRV, spatial: int
+) -> tuple[list[LoopRV], LoopRV, list[LoopRV]]:
+    loops = list(sch.get_loops(block))
+    return loops[:spatial], loops[spatial], loops[spatial + 1 :]
+
+
+def _unroll_reduction(sch: s_tir.Schedule, reduction: Sequence[LoopRV]) -> None:
+    total = 1
+    for loop in reversed(reduction[1:]):
+        total *= kernel.loop_extent(sch, loop)
+        if total > _UNROLLED_REDUCTION:
+            return
+        sch.unroll(loop)
+
+
+def _write(sch: s_tir.Schedule, fused: FusedKernel, loop: LoopRV, lanes: int, overhang: bool) -> None:
+    """Write the tile through the epilogue, in whole vectors.
+
+    Where the last block of channels overhangs, TVM is told to cut the loops at the true end: the full blocks
+    lose their predicate, and of the last block only the last vector is scalar.
+    """
+    last = fused.write_at(loop)
+    *pixels, channels = kernel.inner(sch, last, loop)
+    vectors, vector = sch.split(channels, [None, lanes])
+    sch.vectorize(vector)
+    for unrolled in (*pixels, vectors):
+        sch.unroll(unrolled)
+    if overhang:
+        sch.annotate(vectors, "pragma_loop_partition_hint", 1)
+
+
+FAMILY = KernelFamily("fp32", legalize, schedule)
