@@ -1,0 +1,302 @@
+"""INT8 convolutions and dense layers: exact int32 sums by the widest exact dot product of the target.
+
+Stages of a PrimFunc: `stored` (padding, and the type that the dot product takes), `sums` (annotated), `biased`
+(true channels only), then whatever was fused behind. Weights of any width up to 8 bits take the same kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import tvm
+from tvm import relax, s_tir, te, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from tvm_compress.errors import KernelError
+from tvm_compress.schedules import packing
+from tvm_compress.schedules.intrin.dot import Dot, dot_for
+from tvm_compress.schedules.kernel import (
+    MIN_PARALLEL_MACS,
+    FusedKernel,
+    KernelFamily,
+    inner,
+    kernel_attrs,
+    loop_extent,
+    parallelize,
+    schedule_injective,
+    vector_factor,
+    vectorize_inner,
+)
+from tvm_compress.schedules.packing import IntegerLayer
+from tvm_compress.schedules.target_rules import TargetRules
+
+# Up to this many input channels a kernel's row is multiplied as one run of values, so that few steps are empty.
+_MAX_ROW_CHANNELS = 4
+
+# op_pattern of TVM's fusion: element-wise operators may follow in the same PrimFunc.
+OUT_FUSABLE = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs whose sums stay in registers: height x width pixels by `vectors` vectors of channels."""
+
+    height: int
+    width: int
+    vectors: int
+
+
+def choose_tile(out_height: int, out_width: int, vectors: int, registers: int) -> Tile:
+    """Return the tile with the fewest loads per multiplication that divides the output and fits the registers.
+
+    A step loads one broadcast per pixel and one weight per vector, and multiplies each by each: on every target
+    measured, loads bound the speed.
+    """
+
+    def loads_per_product(tile: Tile) -> tuple[float, int, int]:
+        pixels = tile.height * tile.width
+        return (pixels + tile.vectors) / (pixels * tile.vectors), tile.height, tile.vectors
+
+    tiles = (
+        Tile(height, width, count)
+        for height in divisors(out_height)
+        for width in divisors(out_width)
+        for count in divisors(vectors)
+        if height * width * count <= registers
+    )
+    return min(tiles, key=loads_per_product)
+
+
+@cache
+def divisors(value: int) -> tuple[int, ...]:
+    """Return the divisors of a positive integer, ascending."""
+    return tuple(d for d in range(1, value + 1) if value % d == 0)
+
+
+def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a call of an INT8 kernel.
+
+    Raises
+    ------
+    KernelError
+        Where weights are no constants or out of range, or the sums may overflow int32.
+    """
+    layer = packing.read_layer(call)
+    if layer.groups > 1:
+        packing.check_accumulator(layer, *_data_range(layer.data_dtype, 0))
+        weight = packing.pack_grouped_weight(layer.weight)
+        compute = _grouped_compute(layer)
+        bias = packing.fold_bias(layer)
+    else:
+        dot = dot_for(rules.isa)
+        offset = dot.offset(layer.data_dtype)
+        packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
+        as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1
+        source = packing.pack_rows_weight(layer.weight) if as_rows else layer.weight
+        vectors = packing.round_up(layer.out_channels, dot.lanes) // dot.lanes
+        tile = choose_tile(*layer.out_size, vectors, dot.registers)
+        weight = packing.pack_dot_weight(source, dot, tile.vectors * dot.lanes)
+        compute = _dot_compute(layer, dot, tile, as_rows)
+        bias = packing.fold_bias(layer, offset)
+    return bb.call_te(
+        compute,
+        call.args[0],
+        relax.const(weight),
+        relax.const(bias),
+        primfunc_name_hint=f"{layer.operator}_int8",
+        primfunc_attrs={"op_pattern": OUT_FUSABLE},
+    )
+
+
+def _data_range(dtype: str, offset: int) -> tuple[int, int]:
+    low, high = (-128, 127) if dtype == "int8" else (0, 255)
+    return low + offset, high + offset
+
+
+def _stored(
+    layer: IntegerLayer, data: te.Tensor, dtype: str, offset: int, channels: int, row: int | None = None
+) -> te.Tensor:
+    """Pad the data in space and to `channels`, add `offset` and change the type.
+
+    With `row`, the width and the channels are one axis of that many values, as the memory of NHWC has them.
+    """
+    top, left, _, _ = layer.padding
+    n, h, w, ic = layer.data_shape
+    height, width = layer.padded_size
+
+    def value(image: Any, y: Any, x: Any, c: Any) -> Any:
+        element = data[x, c] if layer.operator == "dense" else data[image, y - top, x - left, c]
+        # The sum with the offset fits int16, and the result fits the type.
+        stored = element.astype("int16") + tirx.const(offset, "int16") if offset else element
+        stored = stored.astype(dtype)
+        inside = []
+        if layer.is_padded or row is not None:
+            inside = [y >= top, y < top + h, x >= left, x < left + w]
+        if channels > ic:
+            inside.append(c < ic)
+        if not inside:
+            return stored
+        return tirx.if_then_else(tirx.all(*inside), stored, tirx.const(layer.zero_point + offset, dtype))
+
+    if row is not None:
+        return te.compute(
+            (n, height, row), lambda image, y, j: value(image, y, j // ic, j % ic), name="stored", tag="stored"
+        )
+    return te.compute((n, height, width, channels), value, name="stored")
+
+
+def _dot_compute(layer: IntegerLayer, dot: Dot, tile: Tile, as_rows: bool) -> Callable[..., te.Tensor]:
+    """Return the te function of (data, packed weight, bias) for an ungrouped layer."""
+    n, _, _, ic = layer.data_shape
+    out_height, out_width = layer.out_size
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel, layer.strides, layer.dilation
+    if as_rows:
+        depth, columns = packing.round_up(kw * ic, dot.depth), 1
+    else:
+        depth, columns = packing.round_up(ic, dot.depth), kw
+    block = tile.vectors * dot.lanes
+    padded_out = packing.round_up(layer.out_channels, block)
+    attrs = kernel_attrs("int8", {**layer.info(), "tile": [tile.height, tile.width, tile.vectors]})
+    offset = dot.offset(layer.data_dtype)
+
+    def compute(data: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
+        if as_rows:
+            row = max(layer.padded_size[1] * ic, (out_width - 1) * sw * ic + depth)
+            stored = _stored(layer, data, dot.data_dtype, offset, ic, row)
+        else:
+            stored = _stored(layer, data, dot.data_dtype, offset, depth)
+
+        def activation(image: Any, y: Any, x: Any, ry: Any, rx: Any, k: Any) -> Any:
+            if as_rows:
+                return stored[image, y * sh + ry * dh, x * (sw * ic) + k]
+            return stored[image, y * sh + ry * dh, x * sw + rx * dw, k]
+
+        ry = te.reduce_axis((0, kh), "ry")
+        rx = te.reduce_axis((0, columns), "rx")
+        rk = te.reduce_axis((0, depth), "rk")
+        sums = te.compute(
+            (n, out_height, out_width, padded_out),
+            lambda image, y, x, c: te.sum(
+                activation(image, y, x, ry, rx, rk).astype("int32")
+                * weight(
+                    c // block,
+                    ry,
+                    rx,
+                    rk // dot.depth,
+                    (c % block) // dot.lanes,
+                    *dot.inner_index(c % dot.lanes, rk % dot.depth),
+                ).astype("int32"),
+                axis=[ry, rx, rk],
+            ),
+            name="sums",
+            attrs=attrs,
+        )
+        return add_bias(layer, sums, bias)
+
+    return compute
+
+
+def add_bias(layer: IntegerLayer, sums: te.Tensor, bias: te.Tensor) -> te.Tensor:
+    """Return sums + bias for the true channels, in the shape of the layer's output."""
+    n = layer.data_shape[0]
+    height, width = layer.out_size
+    channels = layer.out_channels
+    if layer.operator == "dense":
+        return te.compute((width, channels), lambda x, c: sums[0, 0, x, c] + bias[c], name="biased")
+    return te.compute(
+        (n, height, width, channels), lambda image, y, x, c: sums[image, y, x, c] + bias[c], name="biased"
+    )
+
+
+def _grouped_compute(layer: IntegerLayer) -> Callable[..., te.Tensor]:
+    """Return the te function of (data, weight [KH, KW, IC / groups, OC], bias) for a grouped layer."""
+    n, _, _, ic = layer.data_shape
+    out_height, out_width = layer.out_size
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel, layer.strides, layer.dilation
+    ic_group, oc_group = ic // layer.groups, layer.out_channels // layer.groups
+    attrs = kernel_attrs("int8", layer.info())
+
+    def compute(data: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
+        stored = _stored(layer, data, "int16", 0, ic)
+        ry = te.reduce_axis((0, kh), "ry")
+        rx = te.reduce_axis((0, kw), "rx")
+        rk = te.reduce_axis((0, ic_group), "rk")
+        sums = te.compute(
+            (n, out_height, out_width, layer.out_channels),
+            lambda image, y, x, c: te.sum(
+                stored[image, y * sh + ry * dh, x * sw + rx * dw, c // oc_group * ic_group + rk].astype("int32")
+                * weight[ry, rx, rk, c].astype("int32"),
+                axis=[ry, rx, rk],
+            ),
+            name="sums",
+            attrs=attrs,
+        )
+        return add_bias(layer, sums, bias)
+
+    return compute
+
+
+def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
+    """Schedule a fused INT8 PrimFunc in place."""
+    for block in kernel.producers:
+        schedule_injective(sch, block, rules, item_bits=16)
+    if kernel.info["groups"] > 1:
+        _schedule_grouped(sch, kernel, rules)
+    else:
+        _schedule_dot(sch, kernel, rules)
+
+
+def _schedule_dot(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
+    dot = dot_for(rules.isa)
+    tile = Tile(*kernel.info["tile"])
+    sums = kernel.main
+    image, y, x, c, ry, rx, rk = sch.get_loops(sums)
+    c_block, c_vector, lane = sch.split(c, [None, tile.vectors, dot.lanes])
+    y_tile, y_in = sch.split(y, [None, tile.height])
+    x_tile, x_in = sch.split(x, [None, tile.width])
+    step, k = sch.split(rk, [None, dot.depth])
+    sch.reorder(image, c_block, y_tile, x_tile, ry, rx, step, y_in, x_in, c_vector, lane, k)
+    outer = sch.fuse(image, c_block, y_tile)
+    parallelize(sch, outer, rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
+    last = kernel.write_at(x_tile)
+    schedule_epilogue(sch, inner(sch, last, x_tile), dot.lanes)
+    init = sch.decompose_reduction(sums, ry)
+    vectorize_inner(sch, inner(sch, init, x_tile), dot.lanes)
+    sch.tensorize(lane, dot.name)
+    for loop in (y_in, x_in, c_vector):
+        sch.unroll(loop)
+
+
+def kernel_macs(kernel: FusedKernel) -> int:
+    """Return the multiply-accumulates of a fused kernel, from its annotation."""
+    info = kernel.info
+    pixels = info["N"] * info["OH"] * info["OW"]
+    return pixels * info["OC"] * info["IC"] // info["groups"] * info["KH"] * info["KW"]
+
+
+def schedule_epilogue(sch: s_tir.Schedule, loops: list[LoopRV], lanes: int) -> None:
+    """Vectorise the channels of the block that writes a tile, the last of `loops`, and unroll the rest."""
+    vectorize_inner(sch, loops, lanes)
+
+
+def _schedule_grouped(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
+    """Vectors over output channels, a few pixels at once; nothing is assumed of the groups."""
+    info = kernel.info
+    lanes = vector_factor(info["OC"], rules.vector_bits // 32)
+    sums = kernel.main
+    image, y, x, c, ry, rx, rk = sch.get_loops(sums)
+    c_block, lane = sch.split(c, [None, lanes])
+    x_tile, x_in = sch.split(x, [None, max(d for d in divisors(info["OW"]) if d <= 8)])
+    sch.reorder(image, y, x_tile, c_block, ry, rx, rk, x_in, lane)
+    outer = sch.fuse(image, y)
+    parallelize(sch, outer, rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
+    last = kernel.write_at(c_block)
+    vectorize_inner(sch, inner(sch, last, c_block), lanes)
+    if lanes > 1:
+        sch.vectorize(lane)
+    sch.unroll(x_in)
+    sch.decompose_reduction(sums, ry)
+
+
+FAMILY = KernelFamily("int8", legalize, schedule)

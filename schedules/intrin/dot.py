@@ -1,0 +1,216 @@
+"""Integer dot products of a few input channels with a vector of output channels, for each instruction set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A tensor intrinsic `C[lane] += sum(A[k] * B[lane, k])`, exact in int32, with C a local accumulator.
+
+    Attributes
+    ----------
+    name
+        Name that `tensorize` finds it by, once `register_dot` was called.
+    lanes
+        Output channels of one accumulator vector.
+    depth
+        Input channels that one step consumes.
+    data_dtype, weight_dtype
+        What A and B hold.
+    inner_shape
+        Shape of one step's weights in memory: (lanes, depth), or (2, lanes, 2) for Arm's pairs.
+    registers
+        Vector registers that the accumulators of a tile may take, so that none is spilled.
+    int8_offset, uint8_offset
+        What is added to int8 or uint8 activations so that they fit data_dtype.
+    """
+
+    name: str
+    lanes: int
+    depth: int
+    data_dtype: str
+    weight_dtype: str
+    inner_shape: tuple[int, ...]
+    registers: int
+    int8_offset: int = 0
+    uint8_offset: int = 0
+
+    def offset(self, dtype: str) -> int:
+        """Return what is added to activations of this dtype when they are stored for the dot product."""
+        return self.int8_offset if dtype == "int8" else self.uint8_offset
+
+    def inner_index(self, lane: Any, k: Any) -> tuple[Any, ...]:
+        """Return the index of lane's weight for channel k within inner_shape."""
+        if len(self.inner_shape) == 2:
+            return (lane, k)
+        return (k // 2, lane, k % 2)
+
+
+# vpmaddubsw would take bytes, but it saturates at int16: pairs of int16 are the widest exact step of AVX2.
+_AVX2 = Dot("tvm_compress.dot_avx2", 8, 2, "int16", "int8", (8, 2), registers=10)
+# Widening weights on load takes two instructions without SSE4.1, so they are stored as int16.
+_SSE2 = Dot("tvm_compress.dot_sse2", 4, 2, "int16", "int16", (4, 2), registers=8)
+_AVX512 = Dot("tvm_compress.dot_avx512", 16, 2, "int16", "int8", (16, 2), registers=20)
+_VNNI = Dot("tvm_compress.dot_vnni", 16, 4, "uint8", "int8", (16, 4), registers=20, int8_offset=128)
+_NEON = Dot("tvm_compress.dot_neon", 4, 4, "int8", "int8", (2, 4, 2), registers=16, uint8_offset=-128)
+
+_BY_ISA = {"avx512vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2, "x86": _SSE2}
+_MULTIPLY_PAIRS = {
+    _AVX2.name: "llvm.x86.avx2.pmadd.wd",
+    _SSE2.name: "llvm.x86.sse2.pmadd.wd",
+    _AVX512.name: "llvm.x86.avx512.pmaddw.d.512",
+}
+
+
+def dot_for(isa: str) -> Dot:
+    """Return the dot product that an instruction set (TargetRules.isa) does best, registered."""
+    dot = _BY_ISA.get(isa, _NEON)
+    register_dot(dot)
+    return dot
+
+
+@cache
+def register_dot(dot: Dot) -> None:
+    """Make a dot product known to `Schedule.tensorize`; any further call does nothing."""
+    make: Callable[[Dot], tuple] = _pairs
+    if dot is _VNNI:
+        make = _vnni
+    elif dot is _NEON:
+        make = _neon
+    TensorIntrin.register(dot.name, *make(dot), override=True)
+
+
+def _desc(dot: Dot) -> PrimFunc:
+    lanes, depth = dot.lanes, dot.depth
+    data_dtype, weight_dtype = dot.data_dtype, dot.weight_dtype
+
+    @T.prim_func(s_tir=True)
+    def desc(
+        A: T.Buffer((depth,), data_dtype, offset_factor=1),
+        B: T.Buffer((lanes, depth), weight_dtype, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
+            T.writes(C[0:lanes])
+            for i in T.serial(0, lanes):
+                for k in T.serial(0, depth):
+                    with T.sblock("update"):
+                        vi, vk = T.axis.remap("SR", [i, k])
+                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+
+    return desc
+
+
+def _pairs(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
+    """Multiply pairs of int16 and add each pair's products: (v)pmaddwd, then (v)paddd."""
+    lanes, weight_dtype, instruction = dot.lanes, dot.weight_dtype, _MULTIPLY_PAIRS[dot.name]
+    wide = f"int16x{2 * lanes}"
+    loaded, result = f"{weight_dtype}x{2 * lanes}", f"int32x{lanes}"
+
+    @T.prim_func(s_tir=True)
+    def impl(
+        A: T.Buffer((2,), "int16", offset_factor=1),
+        B: T.Buffer((lanes, 2), weight_dtype, offset_factor=1),
+        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:2], B[0:lanes, 0:2])
+            T.writes(C[0:lanes])
+            C[T.ramp(T.int32(0), 1, lanes)] = C.vload([0], result) + T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id(instruction),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(A.vload([0], "int16x2"), dtype="int32"), lanes), dtype=wide
+                ),
+                T.Cast(wide, B.vload([0, 0], loaded)),
+                dtype=result,
+            )
+
+    return _desc(dot), impl
+
+
+def _vnni(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
+    """Multiply four uint8 by four int8 and accumulate their sum: vpdpbusd, which does not saturate."""
+
+    @T.prim_func(s_tir=True)
+    def impl(
+        A: T.Buffer((4,), "uint8", offset_factor=1),
+        B: T.Buffer((16, 4), "int8", offset_factor=1),
+        C: T.Buffer((16,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:16], A[0:4], B[0:16, 0:4])
+            T.writes(C[0:16])
+            C[T.ramp(T.int32(0), 1, 16)] = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512"),
+                C.vload([0], "int32x16"),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(A.vload([0], "uint8x4"), dtype="int32"), 16), dtype="uint8x64"
+                ),
+                B.vload([0, 0], dtype="int8x64"),
+                dtype="int32x16",
+            )
+
+    return _desc(dot), impl
+
+
+def _neon(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
+    """Multiply bytes to int16, add two products, then pairs of sums to int32: smull, smlal, sadalp.
+
+    Two products of weights in [-127, 127] and any int8 stay within int16.
+    """
+
+    @T.prim_func(s_tir=True)
+    def desc(
+        A: T.Buffer((4,), "int8", offset_factor=1),
+        B: T.Buffer((2, 4, 2), "int8", offset_factor=1),
+        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:4], A[0:4], B[0:2, 0:4, 0:2])
+            T.writes(C[0:4])
+            for i in T.serial(0, 4):
+                for k in T.serial(0, 4):
+                    with T.sblock("update"):
+                        vi, vk = T.axis.remap("SR", [i, k])
+                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vk // 2, vi, vk % 2], "int32")
+
+    @T.prim_func(s_tir=True)
+    def impl(
+        A: T.Buffer((4,), "int8", offset_factor=1),
+        B: T.Buffer((2, 4, 2), "int8", offset_factor=1),
+        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:4], A[0:4], B[0:2, 0:4, 0:2])
+            T.writes(C[0:4])
+            first = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smull.v8i16"),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(A.vload([0], "int8x2"), dtype="int16"), 4), dtype="int8x8"
+                ),
+                B.vload([0, 0, 0], dtype="int8x8"),
+                dtype="int16x8",
+            )
+            second = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smull.v8i16"),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(A.vload([2], "int8x2"), dtype="int16"), 4), dtype="int8x8"
+                ),
+                B.vload([1, 0, 0], dtype="int8x8"),
+                dtype="int16x8",
+            )
+            C[T.ramp(T.int32(0), 1, 4)] = C.vload([0], "int32x4") + T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.saddlp.v4i32.v8i16"),
+                first + second,
+                dtype="int32x4",
+            )
+
+    return desc, impl
