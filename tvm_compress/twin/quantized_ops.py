@@ -32,12 +32,14 @@ def along(values: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
     return values.reshape(shape)
 
 
-def _sum_to(values: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
-    """Sum over everything that `along` broadcast `like` over."""
+def _sum_products(a: torch.Tensor, b: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sum a * b over everything that `along` broadcast `like` over."""
     if like.numel() == 1:
-        return values.sum().reshape(like.shape)
-    dims = [dim for dim in range(values.dim()) if dim != axis % values.dim()]
-    return values.sum(dims).reshape(like.shape)
+        if a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1)).reshape(like.shape)
+        return (a * b).sum().reshape(like.shape)
+    dims = [dim for dim in range(a.dim()) if dim != axis % a.dim()]
+    return (a * b).sum(dims).reshape(like.shape)
 
 
 def scale_gradient_factor(values: torch.Tensor, scale: torch.Tensor, qmax: float, per_sample: bool) -> float:
@@ -49,7 +51,7 @@ def scale_gradient_factor(values: torch.Tensor, scale: torch.Tensor, qmax: float
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """`(clamp(round(x / s) + z, low, high) - z) * s`; z is part of low and high, both relative to it."""
+    """`(clamp(round(x / s) + z, qmin, qmax) - z) * s`, with low = qmin - z and high = qmax - z."""
 
     @staticmethod
     def forward(
@@ -57,28 +59,25 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> torch.Tensor:
         steps = along(scale, axis, x.dim())
         units = x / steps
-        if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(units, scale)
-            ctx.range, ctx.axis, ctx.factor = (low, high), axis, factor
-            rounded = torch.round(units)
-        else:
-            rounded = units.round_()
-        return rounded.clamp_(low, high).mul_(steps)
+        if not any(ctx.needs_input_grad[:2]):
+            return units.round_().clamp_(low, high).mul_(steps)
+        rounded = torch.round(units)
+        clamped = rounded.clamp(low, high)
+        inside = rounded.eq_(clamped)
+        # d/ds of (q - z) * s: q - z, less x / s where the gradient passes through q.
+        by_scale = torch.sub(clamped, units.mul_(inside), out=units)
+        ctx.save_for_backward(inside, by_scale, scale)
+        ctx.axis, ctx.factor = axis, factor
+        return clamped.mul_(steps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        units, scale = ctx.saved_tensors
-        rounded = torch.round(units)
-        clamped = rounded.clamp(*ctx.range)
-        inside = (rounded == clamped).to(gradient.dtype)
-        gradient_x = inside.mul_(gradient)
+        inside, by_scale, scale = ctx.saved_tensors
         gradient_scale = None
         if ctx.needs_input_grad[1]:
-            # d/ds of (q - z) * s: q - z, less x / s where the gradient passes through q.
-            by_value = clamped.mul_(gradient).sub_(units.mul(gradient_x))
-            gradient_scale = _sum_to(by_value, scale, ctx.axis) * ctx.factor
-        return gradient_x, gradient_scale, None, None, None, None
+            gradient_scale = _sum_products(gradient, by_scale, scale, ctx.axis) * ctx.factor
+        return gradient * inside, gradient_scale, None, None, None, None
 
 
 class _FakeBinarize(torch.autograd.Function):
@@ -99,7 +98,8 @@ class _FakeBinarize(torch.autograd.Function):
         (gradient,) = gradients
         w, scale = ctx.saved_tensors
         gradient_w = gradient * (w.abs() <= 1)
-        gradient_scale = _sum_to(torch.where(w >= 0, gradient, -gradient), scale, ctx.axis) * ctx.factor
+        signs = torch.where(w >= 0, 1.0, -1.0)
+        gradient_scale = _sum_products(gradient, signs, scale, ctx.axis) * ctx.factor
         return gradient_w, gradient_scale, None, None
 
 

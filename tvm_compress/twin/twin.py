@@ -88,11 +88,11 @@ class Twin(torch.nn.Module):
             slot = program.parameters[name]
             self._initial[slot] = self.tensors[name] = self._hold(name, value, slot in statistics)
         for slot, value in program.constants.items():
-            self._initial[slot] = torch.from_numpy(np.array(value))
+            self._initial[slot] = _tensor(value)
         self.eval()
 
     def _hold(self, name: str, value: np.ndarray, buffer: bool) -> torch.Tensor:
-        tensor = torch.from_numpy(np.array(value))
+        tensor = _tensor(value)
         key = name.replace(".", "/")
         if buffer or tensor.dtype != torch.float32:
             self.register_buffer(key, tensor)
@@ -283,6 +283,12 @@ class Twin(torch.nn.Module):
                 "An integer module has no gradients and no batch norms.",
                 "Train the float or QDQ module it was made from.",
             )
+
+
+def _tensor(value: np.ndarray) -> torch.Tensor:
+    """Copy into a tensor; kernels of convolutions in the layout that makes torch compute in NHWC throughout."""
+    tensor = torch.from_numpy(np.array(value))
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _input_shape(module: tvm.IRModule) -> tuple[int, ...]:
