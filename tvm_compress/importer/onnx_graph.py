@@ -1,0 +1,274 @@
+"""Rewrites an ONNX graph so that its initializers are exactly the parameters of its layers, named after them.
+
+Files differ by exporter: weights stand in initializers, in Constant nodes or behind Identity and Transpose; shapes
+are computed from shapes; one initializer serves several layers that happen to hold equal values. Afterwards each
+layer owns its parameters, dense layers are `Gemm` with weights [out, in], and all else that is constant is a
+Constant node.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from tvm_compress.errors import ModelError
+
+_ANONYMOUS = re.compile(r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|.*/.*|")
+_BATCH_NORM_SLOTS = ("weight", "bias", "running_mean", "running_var")
+_LAYERS = ("Conv", "Gemm")
+# Folded constants that are still the same parameter, in another type or shape.
+_SAME_VALUES = ("Identity", "Transpose", "Reshape", "Cast", "CastLike", "Squeeze", "Unsqueeze", "DequantizeLinear")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def layer_name(node: onnx.NodeProto) -> str:
+    """Dotted name of the module that made a node, where the exporter tells, else the node's own name.
+
+    torch's exporters tell by a list of scopes in the metadata, or by paths such as "/layer1/layer1.0/conv1/Conv".
+    """
+    for entry in node.metadata_props:
+        scopes = re.findall(r"'([^']*)'", entry.value) if entry.key == _SCOPES else []
+        if len(scopes) >= 2 and scopes[-2]:
+            return scopes[-2]
+    if node.name.startswith("/"):
+        parts: list[str] = []
+        for part in node.name.split("/")[1:-1]:
+            if parts and part.startswith(parts[-1].split(".")[0] + "."):
+                parts[-1] = part
+            else:
+                parts.append(part)
+        if parts:
+            return ".".join(parts)
+    return node.name or (node.output[0] if node.output else node.op_type)
+
+
+def normalize_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of the model in the form that the module's docstring describes, for batches of one image.
+
+    Raises
+    ------
+    ModelError
+        If a layer was exported in training mode, or a constant cannot be computed.
+    """
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    graph = fixed.graph
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    for value in inputs:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = 1
+    del graph.input[:]
+    graph.input.extend(inputs)
+    # Shapes that the exporter wrote may still hold the symbolic batch.
+    del graph.value_info[:]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    rewriter = _Rewriter(onnx.shape_inference.infer_shapes(fixed, data_prop=True))
+    rewriter.run()
+    return rewriter.result()
+
+
+class _Rewriter:
+    """One walk over the nodes, in order, that collects the new nodes, parameters and constants."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: list[onnx.NodeProto] = []
+        self.parameters: dict[str, np.ndarray] = {}
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self.origin = {name: name for name in self.constants}
+        self.alias: dict[str, str] = {}
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self.types = {
+            value.name: value.type.tensor_type
+            for value in (*model.graph.input, *model.graph.value_info, *model.graph.output)
+        }
+        self.uses = Counter(name for node in model.graph.node for name in node.input)
+        self.uses.update(value.name for value in model.graph.output)
+
+    def run(self) -> None:
+        for original in self.model.graph.node:
+            node = onnx.NodeProto()
+            node.CopyFrom(original)
+            node.input[:] = [self.alias.get(name, name) for name in node.input]
+            if self._fold(node) or self._skip(node) or self._add_bias(node):
+                continue
+            if node.op_type == "Conv":
+                self._layer(node, self._constant(node, 1))
+            elif node.op_type in ("Gemm", "MatMul"):
+                self._dense(node)
+            elif node.op_type == "BatchNormalization":
+                self._batch_norm(node)
+            self.nodes.append(node)
+            self.producer |= {name: node for name in node.output}
+
+    def result(self) -> onnx.ModelProto:
+        graph = self.model.graph
+        used = {name for node in self.nodes for name in node.input} | {value.name for value in graph.output}
+        constants = [
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value), name))
+            for name, value in self.constants.items()
+            if name in used and name not in self.parameters
+        ]
+        outputs = [self._identity_of(value.name) for value in graph.output if value.name in self.alias]
+        rewritten = helper.make_graph(
+            [*constants, *self.nodes, *outputs],
+            graph.name or "main",
+            graph.input,
+            graph.output,
+            [numpy_helper.from_array(value, name) for name, value in self.parameters.items()],
+        )
+        result = onnx.ModelProto()
+        result.CopyFrom(self.model)
+        result.graph.CopyFrom(rewritten)
+        return result
+
+    def _identity_of(self, name: str) -> onnx.NodeProto:
+        return helper.make_node("Identity", [self.alias[name]], [name])
+
+    def _fold(self, node: onnx.NodeProto) -> bool:
+        """Compute a node whose every input is known; True if it is gone."""
+        if node.op_type == "Shape" and node.input[0] not in self.constants:
+            shape = self._static_shape(node.input[0])
+            if shape is None or node.attribute:
+                return False
+            self.constants[node.output[0]] = np.asarray(shape, np.int64)
+            return True
+        inputs = [name for name in node.input if name]
+        if node.op_type == "CastLike":
+            # Only the type of the second input matters.
+            inputs = inputs[:1]
+        foldable = all(name in self.constants for name in inputs) and (inputs or node.op_type == "Constant")
+        if not foldable or any(a.HasField("g") or a.graphs for a in node.attribute):
+            return False
+        try:
+            values = self._evaluate(node, inputs)
+        except Exception as error:  # the evaluator raises what its operators raise
+            raise ModelError(f"The constant {node.op_type} {layer_name(node)!r} cannot be computed: {error}.") from error
+        for name, value in zip(node.output, values, strict=False):
+            self.constants[name] = np.asarray(value)
+            if node.op_type in _SAME_VALUES:
+                self.origin[name] = self.origin.get(inputs[0], inputs[0])
+        return True
+
+    def _evaluate(self, node: onnx.NodeProto, inputs: list[str]) -> list[np.ndarray]:
+        if node.op_type == "CastLike":
+            known = self.types.get(node.input[1])
+            dtype = known.elem_type if known is not None and known.elem_type else onnx.TensorProto.FLOAT
+            return [self.constants[inputs[0]].astype(helper.tensor_dtype_to_np_dtype(dtype))]
+        feeds = {name: self.constants[name] for name in inputs}
+        infos = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in feeds.items()
+        ]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
+        graph = helper.make_graph([node], "constant", infos, outputs)
+        alone = helper.make_model(graph, opset_imports=self.model.opset_import)
+        return ReferenceEvaluator(alone).run(None, feeds)
+
+    def _skip(self, node: onnx.NodeProto) -> bool:
+        """Drop what does nothing in inference."""
+        if node.op_type not in ("Identity", "Dropout") or any(self.uses[name] for name in node.output[1:]):
+            return False
+        self.alias[node.output[0]] = node.input[0]
+        return True
+
+    def _add_bias(self, node: onnx.NodeProto) -> bool:
+        """Give a constant that is added to a layer without bias to that layer; True if done."""
+        if node.op_type != "Add":
+            return False
+        for data, constant in ((0, 1), (1, 0)):
+            layer = self.producer.get(node.input[data])
+            value = self.constants.get(node.input[constant])
+            if layer is None or value is None or layer.op_type not in _LAYERS or len(layer.input) != 2:
+                continue
+            if self.uses[layer.output[0]] != 1 or layer.input[1] not in self.parameters:
+                continue
+            channels = len(self.parameters[layer.input[1]])
+            tail = (1, 1) if layer.op_type == "Conv" else ()
+            if value.shape not in ((channels, *tail), (1, channels, *tail)):
+                continue
+            site = re.sub(r"[._]weight$", "", layer.input[1])
+            layer.input.append(self._parameter(node.input[constant], f"{site}.bias", value.reshape(-1)))
+            self.alias[node.output[0]] = layer.output[0]
+            return True
+        return False
+
+    def _layer(self, node: onnx.NodeProto, weight: np.ndarray | None, bias: np.ndarray | None = None) -> None:
+        """Make a layer's weight and bias its own parameters."""
+        if weight is None:
+            return
+        name = self._parameter(node.input[1], f"{layer_name(node)}.weight", weight)
+        if bias is None:
+            bias = self._constant(node, 2)
+        source = node.input[2] if len(node.input) > 2 else ""
+        # What torch's exporter calls the bias that batch norm leaves behind when it is folded.
+        derived_source = source == f"{node.input[1]}_bias"
+        node.input[:] = [node.input[0], name, *([source] if source else [])]
+        if bias is None:
+            return
+        if not bias.any() and _ANONYMOUS.fullmatch(source):
+            # torch's exporter gives every convolution without bias one of zeros.
+            del node.input[2]
+            return
+        derived = re.sub(r"[._]weight$", "", name) + ".bias"
+        node.input[2] = self._parameter(derived if derived_source else source, derived, bias)
+
+    def _dense(self, node: onnx.NodeProto) -> None:
+        """Turn a product with a constant matrix into `Gemm` with weights [out, in] and neither alpha nor beta."""
+        weight = self._constant(node, 1)
+        known = self.types.get(node.input[0])
+        rank = len(known.shape.dim) if known is not None and known.HasField("shape") else None
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if weight is None or weight.ndim != 2 or attributes.get("transA", 0):
+            return
+        if node.op_type == "MatMul" and rank not in (2, None):
+            return
+        if not attributes.get("transB", 0):
+            weight = weight.T
+        weight = np.ascontiguousarray(weight * weight.dtype.type(attributes.get("alpha", 1.0)))
+        bias = self._constant(node, 2)
+        if bias is not None:
+            bias = bias * bias.dtype.type(attributes.get("beta", 1.0))
+            bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (len(weight),)))
+        node.op_type = "Gemm"
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("transB", 1))
+        self._layer(node, weight, bias)
+
+    def _batch_norm(self, node: onnx.NodeProto) -> None:
+        if any(a.name == "training_mode" and a.i for a in node.attribute):
+            raise ModelError(
+                f"The batch norm {layer_name(node)!r} was exported in training mode.",
+                "Call module.eval() before the export.",
+            )
+        layer = layer_name(node)
+        for index, slot in enumerate(_BATCH_NORM_SLOTS, start=1):
+            value = self._constant(node, index)
+            if value is not None:
+                node.input[index] = self._parameter(node.input[index], f"{layer}.{slot}", value)
+
+    def _constant(self, node: onnx.NodeProto, index: int) -> np.ndarray | None:
+        return self.constants.get(node.input[index]) if len(node.input) > index else None
+
+    def _parameter(self, source: str, derived: str, value: np.ndarray) -> str:
+        """Make a parameter: named as in the file if that name says something and is free, else `derived`."""
+        candidates = [source, self.origin.get(source, ""), derived]
+        names: Iterable[str] = (*candidates, *(f"{derived}_{count}" for count in range(2, len(self.parameters) + 3)))
+        free = (name for name in names if name not in self.parameters and not (_ANONYMOUS.fullmatch(name)))
+        name = next(free, f"parameter_{len(self.parameters)}")
+        self.parameters[name] = np.ascontiguousarray(value)
+        return name
+
+    def _static_shape(self, name: str) -> tuple[int, ...] | None:
+        known = self.types.get(name)
+        if known is None or not known.HasField("shape"):
+            return None
+        dims = known.shape.dim
+        return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
