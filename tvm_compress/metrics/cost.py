@@ -1,19 +1,77 @@
 """MACs, bit operations and bytes of a module."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 import tvm
 
-if TYPE_CHECKING:
-    from tvm_compress.passes.policy import CompressionPolicy
-    from tvm_compress.passes.sites import Site
+from tvm_compress.metrics.esn import esn
+from tvm_compress.passes.params import get_params
+from tvm_compress.passes.policy import CompressionPolicy
+from tvm_compress.passes.sites import Site, find_sites
+
+# By how many bits float32 weights are counted in the effective signal norm, which knows integers only: those
+# of the quantizer that costs no accuracy.
+REFERENCE_BITS = 8
+
+
+def macs(sites: Sequence[Site]) -> int:
+    """Multiply-accumulates of one inference of one sample."""
+    return sum(site.macs for site in sites)
+
+
+def bops(sites: Sequence[Site], policy: CompressionPolicy) -> int:
+    """Bit operations of one sample: MACs * activation_bits * weight_bits, float32 counting 32 bits."""
+    return sum(s.macs * policy[s.name].activation_bits * policy[s.name].weight_bits for s in sites)
+
+
+def parameter_bytes(sites: Sequence[Site], policy: CompressionPolicy, others: int = 0) -> int:
+    """Bytes of the parameters as they are deployed.
+
+    A site stores its weights, packed (the bytes of a site rounded up), and a 4-byte bias per output channel,
+    which batch norm and bias are folded into; a quantized site stores 4 bytes of scale per output channel
+    more. `others` is the number of further float32 values.
+    """
+    total = 4 * others
+    for site in sites:
+        wanted = policy[site.name]
+        values = int(np.prod(site.weight_shape))
+        total += -(-values * wanted.weight_bits // 8)
+        total += site.out_channels * (8 if wanted.quantized else 4)
+    return total
 
 
 def metrics(
     module: tvm.IRModule,
-    policy: "CompressionPolicy | None" = None,
-    sites: "Sequence[Site] | None" = None,
+    policy: CompressionPolicy | None = None,
+    sites: Sequence[Site] | None = None,
 ) -> dict[str, float]:
-    """Return macs, bops, parameter_bytes, esn_a, esn_d of one inference with batch 1."""
-    raise NotImplementedError
+    """Return what one sample costs: `macs`, `bops`, `parameter_bytes`, `esn_a`, `esn_d`.
+
+    Parameters
+    ----------
+    module
+        A float, annotated or QDQ module, pruned already: widths are read from it.
+    policy
+        Gives the bits of each site; without it everything is float32.
+    sites
+        The module's sites, where they are known already.
+
+    ESN is taken with c_l = 1 (memory); float32 weights are counted as if quantized to 8 bits.
+    """
+    sites = list(find_sites(module) if sites is None else sites)
+    policy = policy or CompressionPolicy()
+    params = get_params(module)
+    weights = {site.name: params[site.weight] for site in sites}
+    bits = {s.name: policy[s.name].weight_bits if policy[s.name].quantized else REFERENCE_BITS for s in sites}
+    own = {site.weight for site in sites}
+    # 1-D and scalar parameters are batch norms, biases and scales: counted with the sites.
+    others = sum(value.size for name, value in params.items() if name not in own and value.ndim > 1)
+    analog, digital = esn(weights, bits)
+    return {
+        "macs": float(macs(sites)),
+        "bops": float(bops(sites, policy)),
+        "parameter_bytes": float(parameter_bytes(sites, policy, others)),
+        "esn_a": analog,
+        "esn_d": digital,
+    }
