@@ -98,9 +98,12 @@ class _Set:
 
 
 _PASSED_ON = frozenset(
-    "relax." + name for name in ("nn.relu", "clip", "sigmoid", "tanh", "nn.silu", "nn.max_pool2d", "nn.avg_pool2d")
+    "relax." + name
+    for name in ("nn.relu", "clip", "sigmoid", "tanh", "nn.silu", "nn.max_pool2d", "nn.avg_pool2d")
 )
-_BINARY = frozenset("relax." + name for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum"))
+_BINARY = frozenset(
+    "relax." + name for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")
+)
 
 
 class _Analysis:
@@ -169,7 +172,9 @@ class _Analysis:
             one = self._sets[self._find(index)]
             one.cuts.append(Cut(parameter.name, axis, repeat, offset))
             offset += one.channels * repeat
-        assert offset == static_shape(parameter)[axis], f"{parameter.name}: {offset} channels along axis {axis}"
+        assert offset == static_shape(parameter)[axis], (
+            f"{parameter.name}: {offset} channels along axis {axis}"
+        )
 
     def result(self) -> list[CoupledSet]:
         """Give the sets that a site produces; sets stand in order of their first site."""
@@ -200,7 +205,9 @@ class _Analysis:
         else:
             channels = None
             for argument in tensors(value):
-                self.freeze(self.channels_of(argument), f"{operator(value) or 'an expression'} cannot be followed")
+                self.freeze(
+                    self.channels_of(argument), f"{operator(value) or 'an expression'} cannot be followed"
+                )
         if channels is not None:
             self._tensors[var] = channels
 
@@ -300,7 +307,9 @@ class _Analysis:
         if channels is None:
             return None
         rank = len(call.ty.shape)
-        axes = list(range(rank))[::-1] if call.attrs.axes is None else [int(a) % rank for a in call.attrs.axes]
+        axes = (
+            list(range(rank))[::-1] if call.attrs.axes is None else [int(a) % rank for a in call.attrs.axes]
+        )
         return _Channels(axes.index(channels.axis), channels.parts)
 
     def _mean(self, call: relax.Call) -> _Channels | None:

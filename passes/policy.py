@@ -185,7 +185,9 @@ class CompressionPolicy:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise PolicyError(f"The policy is not JSON: {error}.", "Give a file that this tool wrote.") from error
+            raise PolicyError(
+                f"The policy is not JSON: {error}.", "Give a file that this tool wrote."
+            ) from error
         if not isinstance(values, dict):
             raise PolicyError(f"The policy must be a JSON object, not {type(values).__name__}.")
         version = values.pop("version", None)

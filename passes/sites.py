@@ -102,7 +102,7 @@ def make_site(call: relax.Call, weight: relax.Var) -> Site:
         weight=weight.name,
         weight_shape=static_shape(weight),
         in_shape=(1, *static_shape(call.args[0])[1:]),
-        out_shape=(1, *(int(extent) for extent in call.ty.shape[1:])),
+        out_shape=(1, *static_shape(call)[1:]),
         **rest,
     )
 
