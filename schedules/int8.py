@@ -4,16 +4,14 @@ Stages of a PrimFunc: `stored` (padding, and the type that the dot product takes
 (true channels only), then whatever was fused behind. Weights of any width up to 8 bits take the same kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import tvm
 from tvm import relax, s_tir, te, tirx
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.s_tir.schedule import LoopRV
 
-from tvm_compress.errors import KernelError
 from tvm_compress.schedules import packing
 from tvm_compress.schedules.intrin.dot import Dot, dot_for
 from tvm_compress.schedules.kernel import (
@@ -22,7 +20,6 @@ from tvm_compress.schedules.kernel import (
     KernelFamily,
     inner,
     kernel_attrs,
-    loop_extent,
     parallelize,
     schedule_injective,
     vector_factor,
@@ -141,7 +138,10 @@ def _stored(
 
     if row is not None:
         return te.compute(
-            (n, height, row), lambda image, y, j: value(image, y, j // ic, j % ic), name="stored", tag="stored"
+            (n, height, row),
+            lambda image, y, j: value(image, y, j // ic, j % ic),
+            name="stored",
+            tag="stored",
         )
     return te.compute((n, height, width, channels), value, name="stored")
 
@@ -225,7 +225,9 @@ def _grouped_compute(layer: IntegerLayer) -> Callable[..., te.Tensor]:
         sums = te.compute(
             (n, out_height, out_width, layer.out_channels),
             lambda image, y, x, c: te.sum(
-                stored[image, y * sh + ry * dh, x * sw + rx * dw, c // oc_group * ic_group + rk].astype("int32")
+                stored[image, y * sh + ry * dh, x * sw + rx * dw, c // oc_group * ic_group + rk].astype(
+                    "int32"
+                )
                 * weight[ry, rx, rk, c].astype("int32"),
                 axis=[ry, rx, rk],
             ),
@@ -256,11 +258,9 @@ def _schedule_dot(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) 
     y_tile, y_in = sch.split(y, [None, tile.height])
     x_tile, x_in = sch.split(x, [None, tile.width])
     step, k = sch.split(rk, [None, dot.depth])
-    sch.reorder(image, c_block, y_tile, x_tile, ry, rx, step, y_in, x_in, c_vector, lane, k)
-    outer = sch.fuse(image, c_block, y_tile)
-    parallelize(sch, outer, rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
-    last = kernel.write_at(x_tile)
-    schedule_epilogue(sch, inner(sch, last, x_tile), dot.lanes)
+    sch.reorder(image, y_tile, c_block, x_tile, ry, rx, step, y_in, x_in, c_vector, lane, k)
+    write_tile(sch, kernel, c_block, x_tile, dot.lanes)
+    parallelize_outputs(sch, kernel, rules, [image, y_tile, c_block])
     init = sch.decompose_reduction(sums, ry)
     vectorize_inner(sch, inner(sch, init, x_tile), dot.lanes)
     sch.tensorize(lane, dot.name)
@@ -275,9 +275,35 @@ def kernel_macs(kernel: FusedKernel) -> int:
     return pixels * info["OC"] * info["IC"] // info["groups"] * info["KH"] * info["KW"]
 
 
-def schedule_epilogue(sch: s_tir.Schedule, loops: list[LoopRV], lanes: int) -> None:
-    """Vectorise the channels of the block that writes a tile, the last of `loops`, and unroll the rest."""
-    vectorize_inner(sch, loops, lanes)
+def write_tile(sch: s_tir.Schedule, kernel: FusedKernel, c_block: LoopRV, x_tile: LoopRV, lanes: int) -> None:
+    """Write a tile of sums through the epilogue, at the end of each iteration of x_tile, in whole vectors.
+
+    Where the last block of channels overhangs, TVM is told to cut both channel loops at the true end, so that
+    only the last vector is scalar and nothing else is predicated.
+    """
+    last = kernel.write_at(x_tile)
+    *pixels, channels = inner(sch, last, x_tile)
+    vectors, vector = sch.split(channels, [None, lanes])
+    sch.vectorize(vector)
+    for loop in (*pixels, vectors):
+        sch.unroll(loop)
+    if has_overhang(sch, kernel):
+        sch.annotate(c_block, "pragma_loop_partition_hint", 1)
+        sch.annotate(vectors, "pragma_loop_partition_hint", 1)
+
+
+def has_overhang(sch: s_tir.Schedule, kernel: FusedKernel) -> bool:
+    """Return whether the sums have more channels than the output."""
+    return int(sch.get(kernel.main).iter_vars[3].dom.extent) != kernel.info["OC"]
+
+
+def parallelize_outputs(
+    sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules, loops: Sequence[LoopRV]
+) -> None:
+    """Run image rows and blocks of channels, `loops` in this order, in parallel if that is worth it."""
+    if has_overhang(sch, kernel):
+        loops = loops[:-1]  # a loop that will be cut stays alone
+    parallelize(sch, sch.fuse(*loops), rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
 
 
 def _schedule_grouped(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
