@@ -1,7 +1,7 @@
 """Who chooses the actions of an episode: DDPG, or the baselines random and fixed.
 
-All see the same observations and share the reward of an episode over its transitions; which of the actions (pruning, activation,
-weight) there are is the environment's business.
+All see the same observations and share the reward of an episode over its transitions; which of the actions
+(pruning, activation, weight) there are is the environment's business.
 """
 
 from collections.abc import Sequence
@@ -138,12 +138,13 @@ class RandomAgent:
         """Learn nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the generator."""
+        """State of the generator; an episode starts with it."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s values."""
         self._generator.set_state(state["generator"])
+        self._episode = -1
 
 
 class FixedAgent:

@@ -13,6 +13,8 @@ Differences from the paper ("Proposed Agents") and from its authors' published t
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,17 @@ class DDPGSettings:
     critic_weight_decay: float = 0.0
     buffer_size: int = 2000
     batch_size: int = 128
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: layers this small gain nothing from more, and sums come out the same on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _linear(inputs: int, outputs: int, bound: float, generator: torch.Generator) -> nn.Linear:
@@ -108,7 +121,7 @@ class DDPG:
 
     def act(self, observation: torch.Tensor) -> torch.Tensor:
         """Action [A] of an observation [S], without noise."""
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             return self.actor(self.states.apply(observation)[None])[0]
 
     def observe(self, observation: torch.Tensor) -> None:
@@ -117,8 +130,9 @@ class DDPG:
 
     def update(self, steps: int) -> None:
         """Take gradient steps, each on a batch of its own. Without transitions this does nothing."""
-        for _ in range(steps if len(self.buffer) else 0):
-            self._step(self.buffer.sample(self.settings.batch_size, self.generator))
+        with _one_thread():
+            for _ in range(steps if len(self.buffer) else 0):
+                self._step(self.buffer.sample(self.settings.batch_size, self.generator))
 
     def targets(self, batch: Batch) -> torch.Tensor:
         """Right sides of the Bellman equation, [B]: a terminal transition is worth its reward and nothing more."""

@@ -10,6 +10,9 @@ from tvm_compress.search.observation import Previous, SiteObservation, observe
 from tvm_compress.search.problem import PolicyDraft, SearchProblem
 from tvm_compress.search.results import EpisodeResult, Evaluator
 
+# No field of an observation comes near this; gymnasium wants a bound.
+_LARGEST = 1e6
+
 
 def reward_of(result: EpisodeResult, budget: float, beta: float) -> float:
     """Reward of a policy: `accuracy + beta * |ratio / budget - 1|` (search paper, equation 6; beta is negative)."""
@@ -50,7 +53,7 @@ class CompressionEnv(gymnasium.Env):
         self._episode = -1
         self._start()
         size = SiteObservation.size()
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.observation_space = gymnasium.spaces.Box(-_LARGEST, _LARGEST, (size,), np.float32)
         self.action_space = gymnasium.spaces.Box(0.0, 1.0, (len(problem.actions),), np.float32)
 
     def _start(self) -> None:

@@ -60,13 +60,14 @@ class SearchProblem:
         """Coupled set of a site's output channels."""
         return next((group for group in self.sets if site.name in group.producers), None)
 
-    def input_set(self, site: Site) -> tuple[CoupledSet, int] | None:
-        """Coupled set of a site's input channels, and how many inputs each of its channels feeds."""
-        for group in self.sets:
-            for cut in group.cuts:
-                if cut.parameter == site.weight and cut.axis == 1:
-                    return group, cut.repeat
-        return None
+    def input_sets(self, site: Site) -> list[tuple[CoupledSet, int]]:
+        """Coupled sets of a site's input channels, and how many inputs each of their channels feeds."""
+        return [
+            (group, cut.repeat)
+            for group in self.sets
+            for cut in group.cuts
+            if cut.parameter == site.weight and cut.axis == 1
+        ]
 
     def decides_pruning(self, site: Site) -> bool:
         """Whether a pruning action at this site counts: it is the first of a prunable coupled set."""
@@ -100,7 +101,7 @@ class PolicyDraft:
     def __init__(self, problem: SearchProblem) -> None:
         self.problem = problem
         self._outputs = {site.name: problem.output_set(site) for site in problem.sites}
-        self._inputs = {site.name: problem.input_set(site) for site in problem.sites}
+        self._inputs = {site.name: problem.input_sets(site) for site in problem.sites}
         self._channels: dict[str, int] = {}
         self._actions: dict[str, tuple[float, float]] = {}
 
@@ -122,19 +123,23 @@ class PolicyDraft:
 
     def in_channels(self, site: Site) -> int:
         """Input channels that the site has left."""
-        if site.groups > 1 and site.groups == site.in_channels:
-            return self.out_channels(site) * site.in_channels // site.out_channels
-        found = self._inputs[site.name]
-        if found is None or found[0].name not in self._channels:
-            return site.in_channels
-        return self._channels[found[0].name] * found[1]
+        if self._depthwise(site):
+            return self.out_channels(site)
+        lost = 0
+        for group, repeat in self._inputs[site.name]:
+            lost += (group.channels - self._channels.get(group.name, group.channels)) * repeat
+        return site.in_channels - lost
+
+    @staticmethod
+    def _depthwise(site: Site) -> bool:
+        return site.groups > 1 and site.groups == site.in_channels == site.out_channels
 
     def broken_rule(self, site: Site) -> str | None:
         """Why the site, as pruned so far, cannot be bit-serial; None if it can."""
-        _, height, width = ((1, 1, 1) if site.kind == "dense" else site.out_shape[:3])
-        return self.problem.bitserial_rule(
-            site.kind, self.in_channels(site), self.out_channels(site), site.groups, height, width
-        )
+        height, width = site.out_shape[1:3] if site.kind == "conv2d" else (1, 1)
+        inputs = self.in_channels(site)
+        groups = inputs if self._depthwise(site) else site.groups
+        return self.problem.bitserial_rule(site.kind, inputs, self.out_channels(site), groups, height, width)
 
     def precision(self, site: Site) -> Precision:
         """Scheme and bit widths of the site; FP32 where nothing was decided."""

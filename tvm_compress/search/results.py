@@ -1,5 +1,6 @@
 """The values that a search hands over: one episode's result, one trial of a study, and the outcome of it all."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,14 @@ class Evaluator(Protocol):
         """Result of a policy in an episode (counted from 0)."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later results depend on, as plain values: with it a resumed search goes on alike."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        ...
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -68,14 +77,14 @@ class Trial:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for one JSON line."""
         values = {name: getattr(self, name) for name in ("episode", "phase", "actions", "reward", "seconds")}
-        return values | asdict(self.result) | {"policy": self.policy.to_json()}
+        return values | asdict(self.result) | {"policy": json.loads(self.policy.to_json())}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
         """Trial from `to_dict`'s values."""
         result = EpisodeResult(**{name: values[name] for name in EpisodeResult.__dataclass_fields__})
         own = {name: values[name] for name in ("episode", "phase", "actions", "reward", "seconds")}
-        return cls(policy=CompressionPolicy.from_json(values["policy"]), result=result, **own)
+        return cls(policy=CompressionPolicy.from_json(json.dumps(values["policy"])), result=result, **own)
 
 
 @dataclass(frozen=True)

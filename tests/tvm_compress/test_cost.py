@@ -1,0 +1,103 @@
+"""The latency model: it learns kernels' times, says when it cannot, and comes back from disk the same."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tvm_compress.cost.features import FEATURE_NAMES, analytic_cost, kernel_vector
+from tvm_compress.cost.latency_model import MIN_ROWS, KernelRow, LatencyModel
+from tvm_compress.errors import StudyError
+
+
+@dataclass
+class Kernel:
+    name: str
+    kind: str
+    features: dict[str, float]
+    count: int = 1
+    key: str = ""
+    extra: dict = field(default_factory=dict)
+
+
+def kernels(number: int, seed: int = 0) -> list[Kernel]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(number):
+        channels, size = 8 * int(rng.integers(1, 9)), int(rng.choice([7, 14, 28]))
+        macs = channels * channels * 9 * size * size
+        features = {
+            "macs": macs,
+            "bytes_read": 4 * channels * size * size,
+            "bytes_written": 4 * channels * size * size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "out_height": size,
+            "out_width": size,
+            "activation_bits": 8,
+            "weight_bits": 8,
+        }
+        kind = ("conv2d_fp32", "conv2d_int8")[index % 2]
+        found.append(Kernel(f"k{index}", kind, features, key=f"key{index}"))
+    return found
+
+
+def true_time(kernel: Kernel) -> float:
+    rate = {"conv2d_fp32": 2e10, "conv2d_int8": 7e10}[kernel.kind]
+    fill = 1.0 if kernel.features["in_channels"] % 16 == 0 else 1.4
+    return kernel.features["macs"] / rate * fill + 2e-6
+
+
+def test_model_predicts_kernels_that_it_never_saw():
+    seen, unseen = kernels(80), kernels(40, seed=1)
+    model = LatencyModel("seconds").fit([KernelRow.of(k, true_time(k)) for k in seen])
+    assert model.trained
+    predicted, true = np.array(model.predict_kernels(unseen)), np.array([true_time(k) for k in unseen])
+    assert np.median(np.abs(predicted / true - 1)) < 0.1
+    untrained = LatencyModel("seconds").fit([KernelRow.of(k, true_time(k)) for k in seen[: MIN_ROWS - 1]])
+    assert not untrained.trained
+    rough = np.array(untrained.predict_kernels(unseen))
+    assert np.median(np.abs(np.log(rough / true))) < np.log(4)
+
+
+def test_network_is_the_calibrated_sum_of_its_kernels_and_known_ones_count_as_measured():
+    some = kernels(4)
+    some[0].count = 3
+    model = LatencyModel("seconds").fit([])
+    model.calibrate([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+    each = [analytic_cost(k) for k in some]
+    assert model.predict(some) == pytest.approx(2 * (3 * each[0] + sum(each[1:])))
+    assert model.sum_kernels(some, {k.key: 1.0 for k in some}) == 6.0
+
+
+def test_the_same_rows_give_the_same_model_also_from_disk(tmp_path):
+    rows = [KernelRow.of(k, true_time(k)) for k in kernels(40)]
+    first, second = (LatencyModel("seconds", provenance={"device": "local"}).fit(rows) for _ in range(2))
+    asked = kernels(10, seed=3)
+    assert first.predict_kernels(asked) == second.predict_kernels(asked)
+    first.calibration = 1.25
+    first.save(tmp_path / "model.json")
+    loaded = LatencyModel.load(tmp_path / "model.json")
+    assert loaded.predict(asked) == first.predict(asked)
+    assert (loaded.unit, loaded.rows, loaded.trained) == ("seconds", 40, True)
+    assert loaded.provenance["device"] == "local"
+    assert "xgboost" in loaded.provenance
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(StudyError, match="cannot be read"):
+        LatencyModel.load(tmp_path / "model.json")
+
+
+def test_useless_rows_do_not_count():
+    rows = [KernelRow.of(k, value) for k, value in zip(kernels(3), (float("nan"), 0.0, 1.0), strict=True)]
+    assert LatencyModel("seconds").fit(rows).rows == 1
+
+
+def test_vector_names_every_number_and_takes_unknown_kinds():
+    kernel = Kernel("pool", "max_pool2d", {"elements": 7.0, "in_channels": 24.0})
+    values = dict(zip(FEATURE_NAMES, kernel_vector(kernel), strict=True))
+    assert values["kind_other"] == 1.0
+    assert values["log2_elements"] == 3.0
+    assert values["in_channels_over_32"] == 0.75
