@@ -170,7 +170,9 @@ def fixed_point(multipliers: np.ndarray) -> tuple[np.ndarray, int]:
     """
     values = np.asarray(multipliers, dtype=np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise KernelError(f"Requantization needs finite, positive multipliers, not {values.min()}..{values.max()}.")
+        raise KernelError(
+            f"Requantization needs finite, positive multipliers, not {values.min()}..{values.max()}."
+        )
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(values.shape, np.int32), 0

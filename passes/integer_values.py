@@ -1,0 +1,368 @@
+"""Values of a QDQ function that are not computed yet, and the writer that computes them, in integers if it can.
+
+A value is emitted when somebody asks for it, and only in the form asked for: as integers of a given scale, or as
+floats. So bias, batch norm and ReLU reach the layer or the requantization that they fold into.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from tvm_compress.passes.integer_layer import IntegerLayer, fold_integer_layer
+from tvm_compress.passes.quantization import INT32_MAX, QuantizationParameters, fixed_point
+from tvm_compress.schedules import ops
+
+# The sides of an addition are brought to 2**-8 of the output's scale, so that rounding them costs nothing.
+ADD_SHIFT = 8
+
+# Terms of a global average may exceed the range of the average by this factor (in bits) before they are clamped.
+_MEAN_HEADROOM = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """Base of all values; compared and hashed by identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Float(Value):
+    """Something emitted already, of whatever type."""
+
+    expr: relax.Expr
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized(Value):
+    """Integers emitted already; at the same time the reals that they stand for."""
+
+    expr: relax.Expr
+    held: QuantizationParameters
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(Value):
+    """`factor * (convolution or dense layer of x) + shift`, channels on the last axis.
+
+    Attributes
+    ----------
+    call
+        The call as it stands in the QDQ module, for its attributes.
+    weight
+        float32, or int8 of a quantized site; OIHW or [out, in].
+    scale
+        Of int8 weights, [O].
+    bits
+        Of int8 weights.
+    factor, shift
+        float64 [O].
+    """
+
+    site: str
+    call: relax.Call
+    x: Value
+    weight: np.ndarray
+    scale: np.ndarray | None
+    bits: int
+    factor: np.ndarray
+    shift: np.ndarray
+
+    @property
+    def integer(self) -> bool:
+        """Whether the layer multiplies integers."""
+        rank = len(self.call.args[0].ty.shape)
+        return self.scale is not None and isinstance(self.x, Quantized) and rank == self.weight.ndim
+
+    def affine(self, factor: np.ndarray | float, shift: np.ndarray | float) -> "Layer":
+        """Return `factor * self + shift`, both [O] or scalars."""
+        return replace(self, factor=self.factor * factor, shift=self.shift * factor + shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(Value):
+    """`clip(x, low, high)`; ReLU has high = inf."""
+
+    x: Value
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Value):
+    """Terms of equal shape, added."""
+
+    terms: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Value):
+    """Global average of x over height and width, which hold `area` pixels; `call` is the mean in the module."""
+
+    x: Value
+    area: int
+    call: relax.Call
+
+
+@dataclass(frozen=True, eq=False)
+class Moved(Value):
+    """A function that only moves or selects numbers: max pooling, permutation, flatten, concatenation.
+
+    It commutes with every monotone function, such as quantization.
+    """
+
+    parts: tuple[Value, ...]
+    rebuild: Callable[[Sequence[relax.Expr]], relax.Expr]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Integers that are asked for: `clamp(round(clip(x, low, high) / scale) + zero_point, qmin, qmax)`."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+    dtype: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def output_scale(self) -> float:
+        """One step of the output; int32 is a step on the way, finer by ADD_SHIFT bits."""
+        return self.scale * 2**ADD_SHIFT if self.dtype == "int32" else self.scale
+
+    def clamped(self, low: float, high: float) -> "_Grid":
+        """Return the grid for a value that is clipped to [low, high] first."""
+        low, high = (min(max(bound, self.low), self.high) for bound in (low, high))
+        return replace(self, low=low, high=high)
+
+    def bounds(self) -> tuple[int, int]:
+        """Return (qmin, qmax) with the clip folded in: rounding is monotone, so that it commutes with clip."""
+
+        def place(bound: float) -> int:
+            position = bound / self.scale + self.zero_point
+            return round(min(max(position, self.qmin), self.qmax))
+
+        return place(self.low), place(self.high)
+
+
+def is_integer(value: Value) -> bool:
+    """Whether a value can be had without computing floats."""
+    match value:
+        case Quantized():
+            return True
+        case Layer():
+            return value.integer
+        case Clamp() | Mean():
+            return is_integer(value.x)
+        case Sum():
+            return all(is_integer(term) for term in value.terms)
+        case Moved():
+            return all(is_integer(part) for part in value.parts)
+    return False
+
+
+class Writer:
+    """Emits values into a block builder, each accumulator and each float form once."""
+
+    def __init__(self, builder: relax.BlockBuilder) -> None:
+        self.builder = builder
+        self._floats: dict[Value, relax.Expr] = {}
+        self._accumulators: dict[Value, tuple[relax.Expr, np.ndarray]] = {}
+        self._sums: dict[Value, relax.Expr] = {}
+
+    def floats(self, value: Value) -> relax.Expr:
+        """Return the value as float32 (or as what it is, if emitted already)."""
+        if isinstance(value, Float):
+            return value.expr
+        if value not in self._floats:
+            self._floats[value] = self.builder.emit(self._float_form(value))
+        return self._floats[value]
+
+    def quantize(self, value: Value, held: QuantizationParameters) -> Quantized:
+        """Return the value quantized."""
+        if isinstance(value, Quantized) and value.held == held:
+            return value
+        grid = _Grid(held.scale, held.zero_point, held.qmin, held.qmax, held.dtype)
+        return Quantized(self._integers(value, grid), held)
+
+    def _float_form(self, value: Value) -> relax.Expr:
+        match value:
+            case Quantized():
+                scale = np.float32(value.held.scale)
+                return self._dequantize(value.expr, scale, value.held.zero_point)
+            case Layer() if value.integer:
+                return self._dequantize(*self._accumulate(value, None), 0)
+            case Layer():
+                return self._float_layer(value)
+            case Clamp():
+                if (value.low, value.high) == (0.0, math.inf):
+                    return relax.op.nn.relu(self.floats(value.x))
+                return relax.op.clip(self.floats(value.x), value.low, value.high)
+            case Sum():
+                total, *terms = [self.floats(term) for term in value.terms]
+                for term in terms[:-1]:
+                    total = self.builder.emit(relax.op.add(total, term))
+                return relax.op.add(total, terms[-1])
+            case Mean(x=Quantized() as x):
+                return self._dequantize(self._sum(x), np.float32(x.held.scale / value.area), 0)
+            case Mean():
+                return relax.Call(value.call.op, [self.floats(value.x)], value.call.attrs)
+            case Moved():
+                return value.rebuild([self.floats(part) for part in value.parts])
+        raise AssertionError(type(value))
+
+    def _dequantize(self, x: relax.Expr, scale: Any, zero_point: int) -> relax.Expr:
+        return ops.call("dequantize", [x, _const(scale, np.float32)], zero_point=zero_point)
+
+    def _float_layer(self, layer: Layer) -> relax.Expr:
+        column = layer.factor.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        weight = layer.weight * column
+        if layer.scale is not None:
+            weight = weight * layer.scale.reshape(column.shape)
+        constant: relax.Expr = _const(weight, np.float32)
+        if layer.weight.ndim == 2:
+            constant = self.builder.emit(relax.op.permute_dims(constant))
+        result = relax.Call(layer.call.op, [self.floats(layer.x), constant], layer.call.attrs)
+        if not layer.shift.any():
+            return result
+        return relax.op.add(self.builder.emit(result), _const(layer.shift, np.float32))
+
+    def _accumulate(self, layer: Layer, output_scale: float | None) -> tuple[relax.Expr, np.ndarray]:
+        """Emit the layer's int32 sums and give their scale [O]; once, for the first one's output scale."""
+        if layer not in self._accumulators:
+            assert isinstance(layer.x, Quantized)
+            assert layer.scale is not None
+            held = layer.x.held
+            folded = fold_integer_layer(
+                layer.weight,
+                held.scale * layer.scale.astype(np.float64),
+                layer.factor,
+                layer.shift,
+                layer.bits,
+                max(held.qmax - held.zero_point, held.zero_point - held.qmin),
+                output_scale,
+                layer.site,
+            )
+            self._accumulators[layer] = self._emit_layer(layer, layer.x, folded), folded.scale
+        return self._accumulators[layer]
+
+    def _emit_layer(self, layer: Layer, x: Quantized, folded: IntegerLayer) -> relax.Expr:
+        held, bits = x.held, folded.fraction_bits
+        attrs: dict[str, Any] = {
+            "site": layer.site,
+            "scheme": "bitserial" if held.dtype == "uint8" else "int8",
+            "activation_bits": (held.qmax - held.qmin).bit_length(),
+            "weight_bits": layer.bits,
+            "zero_point": held.zero_point,
+        }
+        kind = "dense"
+        if layer.weight.ndim == 4:
+            kind = "conv2d"
+            for name in ("strides", "padding", "dilation"):
+                attrs[name] = [int(extent) for extent in layer.call.attrs[name]]
+            attrs["groups"] = int(layer.call.attrs["groups"])
+        bias = _const(folded.bias if bits == 0 else np.zeros_like(folded.bias), np.int32)
+        expr = self.builder.emit(ops.call(kind, [x.expr, _const(folded.weight, np.int8), bias], **attrs))
+        if bits > 0:
+            expr = self.builder.emit(relax.op.multiply(expr, _const(2**bits, np.int32)))
+            expr = self.builder.emit(relax.op.add(expr, _const(folded.bias, np.int32)))
+        return expr
+
+    def _integers(self, value: Value, grid: _Grid) -> relax.Expr:
+        """Emit the value on a grid."""
+        match value:
+            case Clamp():
+                return self._integers(value.x, grid.clamped(value.low, value.high))
+            case Moved():
+                parts = [self._integers(part, grid) for part in value.parts]
+                return self.builder.emit(value.rebuild(parts))
+            case Quantized():
+                return self._requantize(self._centred(value), value.held.scale / grid.scale, grid)
+            case Layer() if value.integer:
+                accumulator, scale = self._accumulate(value, grid.output_scale)
+                return self._requantize(accumulator, scale / grid.scale, grid)
+            case Sum() if is_integer(value):
+                return self._add(value, grid)
+            case Mean() if is_integer(value):
+                return self._mean(value, grid)
+        qmin, qmax = grid.bounds()
+        attrs = {
+            "scale": grid.scale,
+            "zero_point": grid.zero_point,
+            "qmin": qmin,
+            "qmax": qmax,
+            "dtype": grid.dtype,
+        }
+        return self.builder.emit(ops.call("quantize", [self.floats(value)], **attrs))
+
+    def _add(self, value: Sum, grid: _Grid) -> relax.Expr:
+        """Add on a grid 2**ADD_SHIFT times finer and requantize once."""
+        if grid.dtype == "int32":  # fine enough already
+            return self._add_fine(value, grid)
+        fine = _Grid(grid.scale / 2**ADD_SHIFT, 0, -INT32_MAX, INT32_MAX, "int32")
+        return self._requantize(self._add_fine(value, fine), None, grid, shift=ADD_SHIFT)
+
+    def _add_fine(self, value: Sum, grid: _Grid) -> relax.Expr:
+        """Add on an int32 grid of zero point 0."""
+        # Each side is clamped so that the sum stays in the grid's range; that far out, any output saturates.
+        limit = grid.qmax // len(value.terms)
+        side = _Grid(grid.scale, 0, -limit, limit, "int32")
+        total, *terms = [self._integers(term, side) for term in value.terms]
+        for term in terms:
+            total = self.builder.emit(relax.op.add(total, term))
+        if (grid.low, grid.high) == (-math.inf, math.inf):
+            return total
+        if (grid.low, grid.high) == (0.0, math.inf):
+            return self.builder.emit(relax.op.nn.relu(total))
+        return self.builder.emit(relax.op.clip(total, *grid.bounds()))
+
+    def _mean(self, value: Mean, grid: _Grid) -> relax.Expr:
+        """Sum integers over height and width; the division is part of the requantization."""
+        if isinstance(value.x, Quantized):
+            return self._requantize(self._sum(value.x), value.x.held.scale / value.area / grid.scale, grid)
+        limit = INT32_MAX // value.area
+        wanted = (grid.qmax - grid.qmin).bit_length() + _MEAN_HEADROOM
+        shift = min(ADD_SHIFT, max(0, limit.bit_length() - 1 - wanted))
+        fine = _Grid(grid.scale / 2**shift, 0, -limit, limit, "int32")
+        total = self.builder.emit(relax.op.sum(self._integers(value.x, fine), axis=[1, 2]))
+        return self._requantize(total, 1 / (2**shift * value.area), grid)
+
+    def _sum(self, value: Quantized) -> relax.Expr:
+        """Emit the sum over height and width of q - zero_point, once."""
+        if value not in self._sums:
+            self._sums[value] = self.builder.emit(relax.op.sum(self._centred(value), axis=[1, 2]))
+        return self._sums[value]
+
+    def _centred(self, value: Quantized) -> relax.Expr:
+        """Emit q - zero_point as int32."""
+        wide = self.builder.emit(relax.op.astype(value.expr, "int32"))
+        if value.held.zero_point == 0:
+            return wide
+        return self.builder.emit(relax.op.subtract(wide, _const(value.held.zero_point, np.int32)))
+
+    def _requantize(
+        self, x: relax.Expr, multipliers: np.ndarray | float | None, grid: _Grid, shift: int = 0
+    ) -> relax.Expr:
+        """Emit `x * multipliers` on a grid; None stands for 2**-shift."""
+        if multipliers is None:
+            multiplier = np.ones(1, np.int32)
+        else:
+            multiplier, shift = fixed_point(np.atleast_1d(multipliers))
+        qmin, qmax = grid.bounds()
+        attrs = {
+            "shift": shift,
+            "zero_point": grid.zero_point,
+            "qmin": qmin,
+            "qmax": qmax,
+            "dtype": grid.dtype,
+        }
+        return self.builder.emit(ops.call("requantize", [x, _const(multiplier, np.int32)], **attrs))
+
+
+def _const(value: Any, dtype: type) -> relax.Expr:
+    # A copy in C order: a constant of a view would keep the view's strides.
+    return relax.const(np.array(value, dtype=dtype, order="C"))
