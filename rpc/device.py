@@ -1,4 +1,4 @@
-"""What a device is: open a session, run a library, time it; a failed measurement is a value, not an exception."""
+"""What a device is: open a session, run a library, time it; a failed measurement is a value."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class LatencyResult:
         )
 
 
-class DeviceFailure(DeviceError):
+class DeviceFailedError(DeviceError):
     """A device call that failed; `kind` is the error kind that a measurement would report."""
 
     def __init__(self, kind: ErrorKind, message: str, hint: str = "") -> None:

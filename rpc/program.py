@@ -1,0 +1,150 @@
+"""What runs on a worker: the `main` of a Relax library, or one TIR function of any library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvm_compress.rpc.device import ArgumentSpecs
+from tvm_compress.rpc.worker import Worker, as_build_error
+
+Result = TypeVar("Result")
+
+
+class Callee(Protocol):
+    """Something loaded on a worker, with its arguments."""
+
+    #: Name of the library's file on the device.
+    file: str
+
+    def invoke(self) -> None:
+        """Call it once."""
+
+    def evaluate(self, number: int) -> float:
+        """Mean seconds of `number` calls on the worker's clock, after one call that does not count."""
+
+
+class Program:
+    """The `main` of a library from `relax.build`, called through Relax's virtual machine.
+
+    Parameters
+    ----------
+    worker
+        Where it runs.
+    library
+        The shared library's path on this machine.
+    limit
+        Seconds that any one call may take.
+
+    Raises
+    ------
+    DeviceFailedError
+        Of kind "build" where the library cannot be used; from every method, else as `Worker.call`.
+    """
+
+    def __init__(self, worker: Worker, library: Path, limit: float) -> None:
+        self._worker = worker
+        self._name = library.name
+        self._limit = limit
+        module, self.file = worker.load(library, limit)
+        with as_build_error("Is it a library from `relax.build`?"):
+            self._machine = self._call("Starting", relax.VirtualMachine, module, worker.remote.cpu(0))
+
+    def _call(self, verb: str, function: Callable[..., Result], *args: Any) -> Result:
+        return self._worker.call(f"{verb} {self._name}", self._limit, function, *args)
+
+    def set_inputs(self, inputs: Sequence[np.ndarray]) -> None:
+        """Send the arguments of `main`."""
+
+        def send() -> None:
+            self._machine.set_input("main", *[self._worker.tensor(array) for array in inputs])
+
+        self._call("Giving inputs to", send)
+
+    def invoke(self) -> None:
+        """Call `main` once with the inputs that were set."""
+        self._call("Running", self._machine.invoke_stateful, "main")
+
+    def outputs(self) -> list[np.ndarray]:
+        """Fetch what the last call gave, a tuple's fields in order."""
+
+        def fetch() -> list[np.ndarray]:
+            # A direct call would give a tuple as a reference that cannot be read over RPC.
+            values = self._machine.get_outputs("main")
+            return [value.numpy() for value in (values if isinstance(values, tuple) else (values,))]
+
+        return self._call("Reading the outputs of", fetch)
+
+    def evaluate(self, number: int) -> float:
+        """See `Callee.evaluate`."""
+
+        def sample() -> float:
+            device = self._worker.remote.cpu(0)
+            return float(self._machine.time_evaluator("invoke_stateful", device, number=number)("main").mean)
+
+        return self._call("Timing", sample)
+
+
+class Kernel:
+    """One TIR function of a loaded library, called in destination-passing style with small values.
+
+    Parameters
+    ----------
+    worker, limit
+        As of `Program`.
+    module, file
+        The library, loaded by `Worker.load`.
+    name
+        The function's name.
+    specs
+        Shape and dtype of each argument.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        module: tvm.runtime.Module,
+        file: str,
+        name: str,
+        specs: ArgumentSpecs,
+        limit: float,
+    ) -> None:
+        self._worker = worker
+        self._module = module
+        self._name = name
+        self._limit = limit
+        self.file = file
+        with as_build_error("Does the library export it?"):
+            self._function = self._call("Finding", module.get_function, name)
+        self._arguments = self._call("Giving arguments to", self._send, specs)
+
+    def _call(self, verb: str, function: Callable[..., Result], *args: Any) -> Result:
+        return self._worker.call(f"{verb} kernel {self._name}", self._limit, function, *args)
+
+    def _send(self, specs: ArgumentSpecs) -> list[tvm.runtime.Tensor]:
+        return [self._worker.tensor(small_values(shape, dtype)) for shape, dtype in specs]
+
+    def invoke(self) -> None:
+        """See `Callee.invoke`."""
+        self._call("Running", self._function, *self._arguments)
+
+    def evaluate(self, number: int) -> float:
+        """See `Callee.evaluate`."""
+
+        def sample() -> float:
+            device = self._worker.remote.cpu(0)
+            evaluator = self._module.time_evaluator(self._name, device, number=number)
+            return float(evaluator(*self._arguments).mean)
+
+        return self._call("Timing", sample)
+
+
+def small_values(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Fill an array with the values 0 to 3 in turn, which no kernel overflows on and no float makes slow."""
+    size = int(np.prod(shape, dtype=np.int64))
+    return (np.arange(size) % 4).astype(dtype).reshape([int(extent) for extent in shape])

@@ -1,0 +1,254 @@
+"""One TVM RPC session in a process of its own on loopback, every wait with a limit, ended as a group."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tvm
+from tvm import rpc
+
+from tvm_compress.rpc.device import DeviceFailedError
+
+Result = TypeVar("Result")
+
+#: Seconds until a new worker has to answer; it loads TVM's runtime, on a machine that may be busy.
+START_LIMIT = 60.0
+#: Seconds that a worker gets to show that it is alive after an error.
+_ANSWER_LIMIT = 5.0
+#: Seconds that a worker whose connection broke gets to finish dying.
+_DEATH_LIMIT = 2.0
+#: Bytes of the worker's own messages that an error quotes.
+_QUOTED_BYTES = 600
+
+
+class Worker:
+    """A process that serves one RPC session, and the client's end of that session.
+
+    The command is started with three further arguments: an inherited listening socket's number, the key
+    that the client will greet with, and a directory for its files. It accepts one client and serves it.
+
+    Parameters
+    ----------
+    command
+        Gives the program and its arguments, for the directory that the worker will use.
+    environment
+        The whole environment of the process.
+
+    Raises
+    ------
+    DeviceFailedError
+        Of kind "connection": the process cannot be started or does not answer.
+    """
+
+    def __init__(self, command: Callable[[Path], Sequence[str]], environment: Mapping[str, str]) -> None:
+        self._expired = False
+        self._closed = False
+        self.directory = Path(tempfile.mkdtemp(prefix="tvm_compress-"))
+        self._log = self.directory / "worker.log"
+        key = secrets.token_hex(16)
+        try:
+            with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
+                port = listening.getsockname()[1]
+                self._spawn(command(self.directory), environment, listening.fileno(), key)
+        except OSError as error:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise DeviceFailedError(
+                "connection", f"The device's process cannot be started: {error}."
+            ) from None
+        self._uploads = 0
+        self.remote: Any = None
+        try:
+            self.remote = self.call("the connection", START_LIMIT, rpc.connect, "127.0.0.1", port, key)
+        except DeviceFailedError as error:
+            self.close()
+            raise DeviceFailedError("connection", error.message, error.hint) from None
+
+    def _spawn(
+        self, command: Sequence[str], environment: Mapping[str, str], listening: int, key: str
+    ) -> None:
+        inherited, self._life_line = os.pipe()
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*command, str(listening), key, str(self.directory)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.directory,
+                    env=dict(environment),
+                    pass_fds=[listening, inherited],
+                    start_new_session=True,
+                )
+            _kill_with_parent(self._process.pid, inherited)
+        except OSError:
+            os.close(self._life_line)
+            raise
+        finally:
+            os.close(inherited)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return not self._closed and self._process.poll() is None
+
+    def call(self, what: str, limit: float, function: Callable[..., Result], *args: Any) -> Result:
+        """Call something that waits for the worker; kill the worker if it takes longer than `limit` seconds.
+
+        Raises
+        ------
+        DeviceFailedError
+            Of kind "timeout", "crash" (the process died), or "unsupported" (the worker raised an error).
+        """
+        try:
+            with _after(limit, self._expire):
+                return function(*args)
+        except Exception as error:  # TVM raises whatever class the remote error names
+            # The traceback would keep remote objects, and with them the session, alive.
+            text = _last_words(str(error))
+        raise self._failure(what, limit, text)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._kill()
+
+    def _failure(self, what: str, limit: float, text: str) -> DeviceFailedError:
+        if not self._expired and self._answers():
+            return DeviceFailedError("unsupported", f"{what} failed: {text}")
+        self._kill()
+        code = self._process.wait()
+        if self._expired:
+            return DeviceFailedError("timeout", f"{what} did not finish within {limit:g} s.")
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return DeviceFailedError("crash", f"{what}: the device's process {how}.{self._quote_log()}")
+
+    def _answers(self) -> bool:
+        """Whether the worker outlived an error: then it was its answer, else its last sign."""
+        if self.remote is not None:
+            with contextlib.suppress(Exception), _after(_ANSWER_LIMIT, self._kill):
+                self.remote.get_function("tvm.rpc.server.workpath")("alive")
+                return True
+        # A dying process closes its sockets before it can be waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_DEATH_LIMIT)
+        return False
+
+    def _quote_log(self) -> str:
+        with contextlib.suppress(OSError):
+            text = self._log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
+            return f" It said: {text}" if text else ""
+        return ""
+
+    def load(
+        self, library: Path, limit: float, loader: str = "tvm.rpc.server.load_module"
+    ) -> tuple[tvm.runtime.Module, str]:
+        """Send a library and load it; gives the remote module and its file's name on the device.
+
+        Parameters
+        ----------
+        library
+            The shared library's path on this machine.
+        limit
+            Seconds that each of the two steps may take.
+        loader
+            The worker's function that makes a module of a file's name.
+
+        Raises
+        ------
+        DeviceFailedError
+            Of kind "build" where the file is missing or cannot be loaded on the device, else as `call`.
+        """
+        if not library.is_file():
+            raise DeviceFailedError("build", f"There is no library {library}.")
+        self._uploads += 1
+        name = f"library{self._uploads}.so"
+
+        def load() -> tvm.runtime.Module:
+            return self.remote.get_function(loader)(name)
+
+        self.call(f"Sending {library.name}", limit, self.remote.upload, str(library), name)
+        with as_build_error("Was it built for this device's target?"):
+            return self.call(f"Loading {library.name}", limit, load), name
+
+    def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        """Copy an array to the device; to be called within `call`."""
+        return tvm.runtime.tensor(np.ascontiguousarray(array), self.remote.cpu(0))
+
+    def close(self) -> None:
+        """Kill the process with all its children and remove its files; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._kill()
+        self._process.wait()
+        os.close(self._life_line)
+        self.remote = None
+        # Remote objects in reference cycles would keep the dead session's slot in TVM's table of 32.
+        gc.collect()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _after(limit: float, action: Callable[[], None]) -> Iterator[None]:
+    """Do `action` in a thread if the block takes longer than `limit` seconds."""
+    timer = threading.Timer(limit, action)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def as_build_error(hint: str) -> Iterator[None]:
+    """Turn an error that the worker raised into one of kind "build", with a hint."""
+    try:
+        yield
+    except DeviceFailedError as error:
+        if error.kind != "unsupported":
+            raise
+        raise DeviceFailedError("build", error.message, hint) from None
+
+
+def _last_words(text: str) -> str:
+    """Take the message of a remote error, without the C++ stack trace that stands before it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "no message"
+    return last if last.endswith(".") else f"{last}."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _kill_with_parent(group: int, pipe: int) -> None:
+    """Have the kernel kill a process group when the writing end of `pipe` closes, however we end.
+
+    Only Linux can; elsewhere an interrupted worker ends when it next looks at its connection.
+    """
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
