@@ -61,9 +61,9 @@ class SiteQuantization:
 class AnnotateQuantization:
     """Write the function attribute `tvm_compress.quantization` (JSON): float -> annotated.
 
-    A tensor with a quantized consumer is quantized once for all its consumers: with 8 bits, or with fewer if all of
-    them are bit-serial sites of the same activation bits; a site that wants fewer bits than what is stored
-    quantizes the stored value a second time.
+    A tensor with a quantized consumer is quantized once for all its consumers: with 8 bits, or with fewer if
+    all of them are bit-serial sites of the same activation bits; a site that wants fewer bits than what is
+    stored quantizes the stored value a second time.
 
     Parameters
     ----------

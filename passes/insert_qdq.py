@@ -27,8 +27,8 @@ class InsertQDQ:
     """Insert quantize -> clip -> dequantize for the quantized sites' inputs and weights: annotated -> qdq.
 
     New parameters, after all others: `SITE.weight_scale` (float32 [O]), `SITE.input_scale` and
-    `SITE.stored_scale` (float32 []). Every consumer of a quantized tensor reads the dequantized value. Batch norm
-    stays unfolded, fp32 sites' weights stay as they are.
+    `SITE.stored_scale` (float32 []). Every consumer of a quantized tensor reads the dequantized value. Batch
+    norm stays unfolded, fp32 sites' weights stay as they are.
 
     Raises
     ------

@@ -70,9 +70,9 @@ def fold_integer_layer(
         For messages.
 
     A negative factor negates the channel's weights, whose range is symmetric. Where the shift is so large in
-    units of the scale that it would not fit (a dead batch norm channel has scale 0), the channel gets a coarser
-    scale and its weights are rounded to it, down to 0: what they add is then far less than a step of any 8-bit
-    output.
+    units of the scale that it would not fit (a dead batch norm channel has scale 0), the channel gets a
+    coarser scale and its weights are rounded to it, down to 0: what they add is then far less than a step of
+    any 8-bit output.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Values of a QDQ function that are not computed yet, and the writer that computes them, in integers if it can.
+"""Values of a QDQ function that are not computed yet, and what emits them, in integers where it can.
 
-A value is emitted when somebody asks for it, and only in the form asked for: as integers of a given scale, or as
-floats. So bias, batch norm and ReLU reach the layer or the requantization that they fold into.
+A value is emitted when somebody asks for it, and only in the form asked for: as integers of a given scale, or
+as floats. So bias, batch norm and ReLU reach the layer or the requantization that they fold into.
 """
 
 import math
@@ -19,7 +19,7 @@ from tvm_compress.schedules import ops
 # The sides of an addition are brought to 2**-8 of the output's scale, so that rounding them costs nothing.
 ADD_SHIFT = 8
 
-# Terms of a global average may exceed the range of the average by this factor (in bits) before they are clamped.
+# Terms of a global average may exceed the average's range by this factor (in bits) before they are clamped.
 _MEAN_HEADROOM = 6
 
 
@@ -99,7 +99,7 @@ class Sum(Value):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Value):
-    """Global average of x over height and width, which hold `area` pixels; `call` is the mean in the module."""
+    """Average of x over height and width, which hold `area` pixels; `call` is the mean in the module."""
 
     x: Value
     area: int
@@ -140,7 +140,7 @@ class _Grid:
         return replace(self, low=low, high=high)
 
     def bounds(self) -> tuple[int, int]:
-        """Return (qmin, qmax) with the clip folded in: rounding is monotone, so that it commutes with clip."""
+        """Return (qmin, qmax) with the clip folded in: rounding is monotone, so it commutes with clip."""
 
         def place(bound: float) -> int:
             position = bound / self.scale + self.zero_point

@@ -41,7 +41,7 @@ class QuantizationParameters:
         return dict(vars(self))
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
-        """Return `clamp(round_half_to_even(x / scale) + zero_point, qmin, qmax)` as `dtype`, x of any shape."""
+        """Return `clamp(round_half_to_even(x / scale) + zero_point, qmin, qmax)` as `dtype`."""
         steps = np.rint(x.astype(np.float32) / np.float32(self.scale)) + self.zero_point
         return np.clip(steps, self.qmin, self.qmax).astype(self.dtype)
 
@@ -60,9 +60,9 @@ def activation_parameters(
 ) -> QuantizationParameters:
     """Return the parameters that cover [low, high] with `bits` bits (`math.md` section 4).
 
-    8 bits are int8 in [-128, 127] unless `unsigned`, fewer are uint8 in [0, 2**bits - 1]. The range is widened
-    to hold 0, which is always represented exactly, since padding and ReLU need it: at `low >= 0` the unsigned
-    zero point is 0.
+    8 bits are int8 in [-128, 127] unless `unsigned`, fewer are uint8 in [0, 2**bits - 1]. The range is
+    widened to hold 0, which is always represented exactly, since padding and ReLU need it: at `low >= 0` the
+    unsigned zero point is 0.
 
     Raises
     ------
@@ -101,8 +101,8 @@ def weight_scale(weight: np.ndarray, bits: int) -> np.ndarray:
     """Return the scale of each output channel, float32 [O], of weights whose first axis is O.
 
     One bit: the mean of |w|, which is the least-squares scale of sign(w). 2 to 7 bits: the scale of the least
-    squared error, from a search over clipped ranges and one least-squares step. 8 bits: the largest |w| is 127.
-    A channel of zeros gets a tiny scale.
+    squared error, from a search over clipped ranges and one least-squares step. 8 bits: the largest |w| is
+    127 steps. A channel of zeros gets a tiny scale.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def weight_scale(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _least_squares_scale(magnitudes: np.ndarray, limit: int) -> np.ndarray:
-    """Scale [O] with the least squared error of |w| [O, K] on the grid 0 .. limit, by search over clipping."""
+    """Scale [O] with the least squared error of |w| [O, K] on the grid 0 .. limit."""
     top = np.maximum(magnitudes.max(axis=1), DEAD_SCALE) / limit
     best_scale, best_error = top.copy(), np.full(top.shape, np.inf)
     # The error is piecewise smooth in the clipping fraction with many shallow minima: a fine grid finds the
@@ -176,7 +176,7 @@ def fixed_point(multipliers: np.ndarray) -> tuple[np.ndarray, int]:
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(values.shape, np.int32), 0
-    # frexp: largest = fraction * 2**exponent with fraction in [0.5, 1), so largest * 2**(31 - exponent) < 2**31.
+    # largest = fraction * 2**exponent with fraction in [0.5, 1): so largest * 2**(31 - exponent) < 2**31.
     shift = 31 - math.frexp(largest)[1]
     if np.rint(np.ldexp(largest, shift)) > INT32_MAX:
         shift -= 1

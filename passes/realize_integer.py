@@ -21,9 +21,8 @@ from tvm_compress.passes.sites import site_name
 class RealizeInteger:
     """Compute the quantized sites in integers and bind all parameters: qdq -> integer.
 
-    The result holds the operators of `tvm_compress.schedules.ops`, no batch norm and no parameters. It computes
-    what the QDQ module computes but for rounding: a requantized value differs by one step at most where the
-    bias, which is rounded to the sums' scale, does not matter.
+    The result holds the operators of `tvm_compress.schedules.ops`, no batch norm and no parameters. On the same
+    input integers, each site's next quantized value is that of the QDQ module but for rounding: one step.
 
     Raises
     ------
@@ -43,8 +42,8 @@ class RealizeInteger:
 class _Parameter(Value):
     """Numbers that are known now: a parameter or a constant, or what quantization made of it.
 
-    `integers` with their `scale` [O] and `bits` stand for a quantized weight; `transposed` for the [in, out] view of
-    a dense layer's weights, which are kept as [out, in].
+    `integers` with their `scale` [O] and `bits` stand for a quantized weight; `transposed` for the [in, out]
+    view of a dense layer's weights, which are kept as [out, in].
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Runs canonical modules at the stages float, QDQ and integer in numpy: slow, obvious, and nobody else's code."""
+"""Runs canonical modules at the stages float, QDQ and integer in numpy: slow, and obvious."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -191,22 +191,18 @@ def run_forced(
         for value in bindings.values()
         if isinstance(value, relax.Call) and value.op.name in ("relax.nn.conv2d", "relax.matmul")
     }
+    params = get_params(qdq)
     differences: dict[str, int] = {}
     values: dict[relax.Var, np.ndarray] = {}
 
     def watch(var: relax.Var, value: np.ndarray) -> np.ndarray:
         values[var] = value
-        site = sites.get(var)
+        site = sites.get(var, "")
         if site not in integers:
             return value
         call = bindings[var]
         own, wanted = values[call.args[0]].astype(int), integers[site].astype(int)
         differences[site] = int(np.abs(own - wanted).max())
-        return dequantize(wanted, values_or(call.args[1]), call.args[2].value.numpy(), call.attrs)
-
-    params = get_params(qdq)
-
-    def values_or(var: relax.Var) -> np.ndarray:
-        return params[var.name]
+        return dequantize(wanted, params[call.args[1].name], call.args[2].value.numpy(), call.attrs)
 
     return run(qdq, x, watch), differences

@@ -123,7 +123,7 @@ def sequential(seed: int = 0) -> IRModule:
 
 
 def residual(seed: int = 0, gamma: np.ndarray | None = None) -> IRModule:
-    """A stem, a plain residual block, one with a strided shortcut, global average pooling and a dense layer."""
+    """A stem, a plain residual block, one with a strided shortcut, global average pooling, a dense layer."""
 
     def build(net: Net, x):
         relu = relax.op.nn.relu
