@@ -1,9 +1,10 @@
 """Estimated Cortex-A72 cycles of one inference: executed counts times what llvm-mca says of each block.
 
-This is an estimate, not a latency, and no board has confirmed it. LLVM schedules the Cortex-A72 by its model of the
-Cortex-A57, and llvm-mca assumes that every load hits the first cache and every branch is predicted. Only code inside
-of the library counts: calls out of it, such as `expf` or `memcpy`, and TVM's virtual machine are free. The same
-library and inputs give the same figure to the bit, because counts are exact and llvm-mca computes in integers.
+This is an estimate, not a latency, and no board has confirmed it. LLVM schedules the Cortex-A72 by its model
+of the Cortex-A57, and llvm-mca assumes that every load hits the first cache and every branch is predicted.
+Only code inside of the library counts: calls out of it, such as `expf` or `memcpy`, and TVM's virtual machine
+are free. The same library and inputs give the same figure to the bit, because counts are exact and llvm-mca
+computes in integers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ import numpy as np
 from tvm_compress.errors import DeviceError
 from tvm_compress.rpc.elf import Code
 
-#: The part of each kernel's executed instructions that llvm-mca sees, the most executed blocks first: of each, so
-#: that a kernel costs the same alone as in a network.
+#: The part of each kernel's executed instructions that llvm-mca sees, the most executed blocks first: of each,
+#: so that a small kernel is judged alike alone and beside a large one.
 COVERAGE = 0.999
 #: Cycles per instruction of all other blocks.
 UNCOVERED_RATE = 1
@@ -126,7 +128,7 @@ def split_blocks(code: Code, counts: np.ndarray) -> list[Block]:
     edges = np.flatnonzero(cut)
     return [
         Block(code.start + 4 * int(first), words[first:last].tobytes(), int(counts[first]))
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        for first, last in pairwise(edges)
         if counts[first]
     ]
 

@@ -1,4 +1,4 @@
-"""Linking libraries for another processor on this machine, and saying what to install where that cannot be."""
+"""Linking libraries for another processor, or saying what to install where that cannot be."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export_fcompile(target_triple: str) -> Callable[..., None] | None:
 
     Returns
     -------
-    None for this machine itself (TVM's own choice of a compiler), else a function of (output, objects, options).
+    None for this machine itself (TVM chooses a compiler), else a function of (output, objects, options).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Reads what the cost estimate needs of an aarch64 shared library: its code, and which kernel each part is of."""
+"""Reads an aarch64 shared library for the cost estimate: its code, and which kernel each part is of."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class _Symbol:
 def read_code(path: Path) -> Code:
     """Read a library's executable segment and attribute its code to kernels.
 
-    A kernel NAME is the exported function `__tvm_ffi_NAME`; it also owns `NAME_compute_` and what has no symbol
-    of its own but whose address one of the two takes: the bodies of its parallel loops.
+    A kernel NAME is the exported function `__tvm_ffi_NAME`; it also owns `NAME_compute_` and what has no
+    symbol of its own but whose address one of the two takes: the bodies of its parallel loops.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def _functions(data: bytes, header: tuple) -> list[_Symbol]:
 
 def _owners(words: np.ndarray, start: int, symbols: list[_Symbol]) -> tuple[tuple[int, str], ...]:
     kernels = {s.name.removeprefix(_TIR_PREFIX) for s in symbols if s.name.startswith(_TIR_PREFIX)}
-    owners = {}
+    owners: dict[int, str] = {}
     for symbol in symbols:
         # What follows a function without a symbol of its own is of nobody, until a reference says otherwise.
         owners.setdefault(symbol.end, NO_KERNEL)

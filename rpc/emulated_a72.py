@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 import tvm_ffi
 
@@ -22,7 +23,7 @@ from tvm_compress.rpc.device import (
     MeasurementSettings,
     Session,
 )
-from tvm_compress.rpc.elf import Code, read_code
+from tvm_compress.rpc.elf import read_code
 from tvm_compress.rpc.emulation_kit import SYSROOT, EmulationKit, prepare
 from tvm_compress.rpc.program import Callee, Kernel, Program
 from tvm_compress.rpc.worker import Worker
@@ -34,7 +35,7 @@ _COUNTS = "counts"
 class EmulatedA72(Device):
     """One core of a Cortex-A72, emulated: it runs aarch64 libraries and refuses what the real core lacks.
 
-    Its unit is "estimated_cycles" (see `cost_a72`), never seconds: the time that emulation takes says nothing.
+    Its unit is "estimated_cycles" (see `cost_a72`), never seconds: how long emulation takes says nothing.
 
     Raises
     ------
@@ -51,7 +52,7 @@ class EmulatedA72(Device):
         super().__init__(threads)
 
     def open(self, settings: MeasurementSettings | None = None) -> Session:
-        """See `Device.open`; on first use, this fetches and compiles its parts (see `emulation_kit.prepare`)."""
+        """See `Device.open`; the first use fetches and compiles its parts (see `emulation_kit.prepare`)."""
         return EmulatedSession(self._settings(settings), prepare())
 
     def describe(self) -> dict[str, Any]:
@@ -81,31 +82,43 @@ class EmulatedSession(WorkerSession):
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; counts do not drift, so each is measured once."""
-        return {name: self._time_main(*candidate) for name, candidate in candidates.items()}
+        return {
+            name: self._as_value(lambda c=candidate: self._count_main(Path(c[0]), c[1]))  # type: ignore[misc]
+            for name, candidate in candidates.items()
+        }
 
-    def _time_main(self, library: Path, inputs: Any) -> LatencyResult:
+    def _count_main(self, library: Path, inputs: Sequence[np.ndarray]) -> LatencyResult:
         # A fresh process each, so that no figure can depend on what ran before it.
-        with self._failures_as_values() as results, self._counting_worker() as worker:
-            code = read_code(_existing(Path(library)))
-            program = Program(worker, Path(library), self.settings.timeout_s)
+        with _counting_worker(self._kit) as worker:
+            program = Program(worker, library, self.settings.timeout_s)
             program.set_inputs(inputs)
-            results.append(self._count(worker, program, code, 0))
-        return results[0]
+            return self._count(worker, program, library, 0)
 
     def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""
-        return {name: self._time_kernel(Path(library), name, specs) for name, specs in kernels.items()}
+        limit, path = self.settings.timeout_s, Path(library)
+        results: dict[str, LatencyResult] = {}
+        with contextlib.ExitStack() as stack:
+            loaded: list[tuple[Worker, tvm.runtime.Module, str]] = []
 
-    def _time_kernel(self, library: Path, name: str, specs: ArgumentSpecs) -> LatencyResult:
-        with self._failures_as_values() as results, self._counting_worker() as worker:
-            code = read_code(_existing(library))
-            module, file = worker.load(library, self.settings.timeout_s)
-            kernel = Kernel(worker, module, file, name, specs, self.settings.timeout_s)
-            results.append(self._count(worker, kernel, code, 0))
-        return results[0]
+            def count(name: str) -> LatencyResult:
+                if not loaded:
+                    worker = stack.enter_context(_counting_worker(self._kit))
+                    loaded.append((worker, *worker.load(path, limit)))
+                worker, module, file = loaded[0]
+                kernel = Kernel(worker, module, file, name, kernels[name], limit)
+                return self._count(worker, kernel, path, len(results))
 
-    def _count(self, worker: Worker, callee: Callee, code: Code, index: int) -> LatencyResult:
+            for name in kernels:
+                results[name] = self._as_value(lambda n=name: count(n))  # type: ignore[misc]
+                if not results[name].ok:
+                    loaded.clear()
+                    stack.close()
+        return results
+
+    def _count(self, worker: Worker, callee: Callee, library: Path, index: int) -> LatencyResult:
         limit = self.settings.timeout_s
+        code = read_code(library)
         base = worker.call("Finding the code", limit, _remote(worker, "base_address"), callee.file)
         worker.call("Counting", limit, _remote(worker, "count_begin"))
         callee.invoke()
@@ -120,33 +133,26 @@ class EmulatedSession(WorkerSession):
             {"instructions": cost.instructions, "covered_instructions": cost.covered},
         )
 
-    @contextlib.contextmanager
-    def _counting_worker(self) -> Iterator[Worker]:
-        worker = _start_worker(self._kit, counting=True)
+    def _as_value(self, measure: Callable[[], LatencyResult]) -> LatencyResult:
         try:
-            yield worker
-        finally:
-            worker.close()
-
-    @contextlib.contextmanager
-    def _failures_as_values(self) -> Iterator[list[LatencyResult]]:
-        results: list[LatencyResult] = []
-        try:
-            yield results
+            return measure()
         except DeviceFailedError as error:
-            results.append(LatencyResult.failed(error.kind, str(error), "estimated_cycles", self.settings))
+            return LatencyResult.failed(error.kind, str(error), "estimated_cycles", self.settings)
         except DeviceError as error:
-            results.append(LatencyResult.failed("unsupported", str(error), "estimated_cycles", self.settings))
+            return LatencyResult.failed("unsupported", str(error), "estimated_cycles", self.settings)
+
+
+@contextlib.contextmanager
+def _counting_worker(kit: EmulationKit) -> Iterator[Worker]:
+    worker = _start_worker(kit, counting=True)
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
 def _remote(worker: Worker, name: str) -> Any:
     return worker.remote.get_function(f"tvm_compress.{name}")
-
-
-def _existing(library: Path) -> Path:
-    if not library.is_file():
-        raise DeviceFailedError("build", f"There is no library {library}.")
-    return library
 
 
 def _block_model(kit: EmulationKit) -> BlockModel:

@@ -1,4 +1,4 @@
-"""The parts of the emulated Cortex-A72: checked, fetched and compiled on first use, kept in the user's cache."""
+"""The parts of the emulated Cortex-A72: checked, fetched and compiled on first use, kept in a cache."""
 
 from __future__ import annotations
 

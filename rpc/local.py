@@ -1,4 +1,4 @@
-"""This machine as a device: a TVM RPC server in a process of its own, timed with a clock."""
+"""The machine itself as a device: a TVM RPC server in a process of its own, timed with a clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tvm_compress.rpc.worker_session import WorkerSession
 
 
 class LocalDevice(Device):
-    """This machine.
+    """The machine that this runs on.
 
     TVM's pool in the worker has `settings.threads` threads, which TVM itself pins to cores.
     """

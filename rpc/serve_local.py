@@ -1,7 +1,7 @@
 """The local device's worker process: serves one TVM RPC session with TVM's runtime alone.
 
-Run as a script, `python -P serve_local.py RUNTIME... LISTENING_FD KEY DIRECTORY`, with the paths of TVM's runtime
-libraries: importing TVM itself would take seconds, and the runtime is all that a session needs.
+Run as a script, `python -P serve_local.py RUNTIME... LISTENING_FD KEY DIRECTORY`, with the paths of TVM's
+runtime libraries: importing TVM itself would take seconds, and the runtime is all that a session needs.
 """
 
 import ctypes

@@ -1,0 +1,178 @@
+"""Every measurement with its provenance, in a SQLite file that several processes may write."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tvm_compress.errors import StudyError
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, Unit
+
+SCHEMA_VERSION = 1
+_BUSY_LIMIT_S = 30.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS measurements (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    device TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    settings TEXT NOT NULL,
+    result TEXT NOT NULL,
+    provenance TEXT NOT NULL,
+    measured_at REAL NOT NULL
+)
+"""
+_INDEX = "CREATE INDEX IF NOT EXISTS by_key ON measurements (key, device, unit, settings)"
+
+
+class MeasurementStore:
+    """Measurements by key, device, unit and settings; nothing is overwritten, the newest answers.
+
+    Parameters
+    ----------
+    path
+        The file, made with its folder where it is not there. A damaged file is moved aside to `NAME.corrupt`
+        (or `NAME.corrupt-2`, ...), named in a warning, and a new one begun: measurements can be repeated.
+
+    Raises
+    ------
+    StudyError
+        The file is of another schema version, or cannot be opened at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._prepare()
+            except sqlite3.DatabaseError as error:
+                # A file in use or without permission is not a damaged one.
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._move_aside(error)
+                self._prepare()
+        except (OSError, sqlite3.Error) as error:
+            raise StudyError(f"The measurements in {self.path} cannot be opened: {error}.") from None
+
+    def get(
+        self,
+        key: str,
+        device: str,
+        unit: Unit | None = None,
+        settings: MeasurementSettings | None = None,
+    ) -> LatencyResult | None:
+        """Newest measurement of a key on a device, or None.
+
+        Parameters
+        ----------
+        key
+            What was measured, such as a kernel's hash.
+        device
+            A device's name.
+        unit, settings
+            Only measurements in that unit, or taken by those settings; None takes any.
+        """
+        query = "SELECT result FROM measurements WHERE key = ? AND device = ?"
+        values: list[Any] = [key, device]
+        if unit is not None:
+            query += " AND unit = ?"
+            values.append(unit)
+        if settings is not None:
+            query += " AND settings = ?"
+            values.append(_canonical(settings.to_dict()))
+        with self._connection() as connection:
+            row = connection.execute(f"{query} ORDER BY id DESC LIMIT 1", values).fetchone()
+        return None if row is None else LatencyResult.from_dict(json.loads(row[0]))
+
+    def put(self, key: str, device: str, result: LatencyResult, provenance: Mapping[str, Any]) -> None:
+        """Keep a measurement, with what a reader needs to judge it, such as `Device.describe()`."""
+        row = (
+            key,
+            device,
+            result.unit,
+            _canonical(result.settings.to_dict()),
+            _canonical(result.to_dict()),
+            _canonical(provenance),
+            time.time(),
+        )
+        with self._connection() as connection:
+            connection.execute(
+                "INSERT INTO measurements (key, device, unit, settings, result, provenance, measured_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All measurements in the order they came: key, device, result, provenance, measured_at (Unix time)."""
+        query = "SELECT key, device, result, provenance, measured_at FROM measurements ORDER BY id"
+        with self._connection() as connection:
+            found = connection.execute(query).fetchall()
+        return [
+            {
+                "key": key,
+                "device": device,
+                "result": LatencyResult.from_dict(json.loads(result)),
+                "provenance": json.loads(provenance),
+                "measured_at": measured_at,
+            }
+            for key, device, result, provenance, measured_at in found
+        ]
+
+    def __len__(self) -> int:
+        with self._connection() as connection:
+            return int(connection.execute("SELECT count(*) FROM measurements").fetchone()[0])
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Open, commit or roll back, close: so that a store can be used in any thread and after a fork."""
+        try:
+            connection = sqlite3.connect(self.path, timeout=_BUSY_LIMIT_S)
+            with closing(connection), connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            raise StudyError(f"The measurements in {self.path} cannot be used: {error}.") from None
+
+    def _prepare(self) -> None:
+        with closing(sqlite3.connect(self.path, timeout=_BUSY_LIMIT_S)) as connection:
+            # Raises for a file that is no database, and for one whose pages do not fit together.
+            problems = connection.execute("PRAGMA quick_check").fetchone()[0]
+            if problems != "ok":
+                raise sqlite3.DatabaseError(problems)
+            connection.execute("PRAGMA journal_mode = WAL")
+            with connection:
+                # One writer at a time from here on, so that a version is read after it was written.
+                connection.execute("BEGIN IMMEDIATE")
+                version = connection.execute("PRAGMA user_version").fetchone()[0]
+                tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+                if version != SCHEMA_VERSION and (version or tables):
+                    raise StudyError(
+                        f"The measurements in {self.path} have schema version {version}, not {SCHEMA_VERSION}.",
+                        "Use the release that wrote them, or another folder.",
+                    )
+                connection.execute(_SCHEMA)
+                connection.execute(_INDEX)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _move_aside(self, error: Exception) -> None:
+        target, number = self.path.with_name(f"{self.path.name}.corrupt"), 2
+        while target.exists():
+            target = self.path.with_name(f"{self.path.name}.corrupt-{number}")
+            number += 1
+        self.path.replace(target)
+        for ending in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
+        warnings.warn(
+            f"The measurements in {self.path} are damaged ({error}); they were moved to {target}.",
+            stacklevel=3,
+        )
+
+
+def _canonical(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, allow_nan=False)
