@@ -87,7 +87,9 @@ def train(args: argparse.Namespace, data: Data, mean: float, std: float) -> ResN
     model = ResNet8().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = -(-len(y) // args.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps
+    )
     first = 0
     if args.checkpoint.is_file():
         state = torch.load(args.checkpoint, weights_only=True)
@@ -119,7 +121,9 @@ def train(args: argparse.Namespace, data: Data, mean: float, std: float) -> ResN
         write(args.checkpoint, buffer.getvalue())
         held = accuracy(model, held_x, held_y)
         secs = time.monotonic() - start
-        print(f"epoch {epoch + 1}: loss {total / len(y):.4f}, validation {held:.4f}, {secs:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}: loss {total / len(y):.4f}, validation {held:.4f}, {secs:.0f} s", flush=True
+        )
     return model
 
 
@@ -142,7 +146,9 @@ def subset_bytes(data: Data) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=ROOT / "tvm_compress" / "samples")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build" / "train_sample.pt")
@@ -167,6 +173,7 @@ def main() -> None:
     facts = {
         "schema": 1,
         "network": "ResNet8",
+        "input_shape": [1, *data.test[0].shape[1:]],
         "mean": [mean],
         "std": [std],
         "class_names": list(FASHION_CLASSES),
