@@ -83,7 +83,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     attrs = call.attrs
     if attrs.data_layout != "NHWC" or attrs.kernel_layout != "OIHW":
         raise KernelError(
-            f"fp32 convolutions need NHWC data and OIHW weights, not {attrs.data_layout}, {attrs.kernel_layout}.",
+            f"fp32 needs layouts NHWC and OIHW, not {attrs.data_layout} and {attrs.kernel_layout}.",
             "Run Canonicalize first.",
         )
     weight = kernel.constant_array(call.args[1], "weights")
@@ -233,8 +233,8 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
     block = tile.vectors * rules.fp32_lanes
     info = {
         "operator": "dense", "scheme": "fp32", "activation_bits": 32, "weight_bits": 32,
-        "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1, "groups": 1,
-        "block": block, "tile": [tile.columns],
+        "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1,
+        "groups": 1, "block": block, "tile": [tile.columns],
     }  # fmt: skip
 
     def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
@@ -285,7 +285,7 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
         parallel = sch.fuse(first, block, *others)
     _write(sch, fused, last_outer, lanes, overhang)
     if overhang:
-        sch.annotate(block, "pragma_loop_partition_hint", 1)
+        kernel.cut_at_predicate(sch, block)
     for loop in (*pixels, vectors):
         sch.unroll(loop)
     sch.vectorize(vector)
@@ -326,7 +326,7 @@ def _write(sch: s_tir.Schedule, fused: FusedKernel, loop: LoopRV, lanes: int, ov
     for unrolled in (*pixels, vectors):
         sch.unroll(unrolled)
     if overhang:
-        sch.annotate(vectors, "pragma_loop_partition_hint", 1)
+        kernel.cut_at_predicate(sch, vectors)
 
 
 FAMILY = KernelFamily("fp32", legalize, schedule)

@@ -1,12 +1,14 @@
 """The frame of all kernel families: annotations, the parts of a fused PrimFunc, schedule helpers."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax, s_tir, tirx
+import tvm_ffi
+from tvm import relax, s_tir, sym, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_compress.errors import KernelError
@@ -188,23 +190,91 @@ def parallelize(sch: s_tir.Schedule, loop: LoopRV, rules: TargetRules, work: int
         sch.parallel(loop)
 
 
-def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules, item_bits: int = 32) -> None:
-    """Schedule a padding, packing or element-wise block: vectors inside, parallel outside if large."""
-    loops = list(sch.get_loops(block))
-    work = 1
-    for loop in loops:
-        work *= loop_extent(sch, loop)
-    lanes = max(1, rules.vector_bits // item_bits)
-    *outer, last = loops
-    width = vector_factor(loop_extent(sch, last), lanes)
+# Tells TVM's LoopPartition to cut a loop where a predicate of its body stops to hold, so that all whole
+# vectors lose the predicate (a predicate inside of a vector makes it scalar).
+_CUT = "pragma_loop_partition_hint"
+
+
+def cut_at_predicate(sch: s_tir.Schedule, loop: LoopRV) -> None:
+    """Have a loop cut where the predicate of its body stops to hold."""
+    sch.annotate(loop, _CUT, 1)
+
+
+def vectorize_cut(sch: s_tir.Schedule, loop: LoopRV, lanes: int) -> LoopRV:
+    """Split a loop into vectors, cutting off what is left after the last full one; returns the outer loop."""
+    extent = loop_extent(sch, loop)
+    width = lanes if extent >= lanes else vector_factor(extent, lanes)
+    rest, vector = sch.split(loop, [None, width])
     if width > 1:
-        rest, vector = sch.split(last, [None, width])
         sch.vectorize(vector)
-        outer = [*outer, rest]
+    if extent % width:
+        cut_at_predicate(sch, rest)
+    return rest
+
+
+def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules, item_bits: int = 32) -> None:
+    """Schedule a padding, packing or element-wise block: vectors inside, parallel outside if large.
+
+    Where every access is at the block's own position, all its loops become one; else the last axis is
+    vectorised if every access is contiguous along it.
+    """
+    loops = list(sch.get_loops(block))
+    if not loops:
+        return
+    work = math.prod(loop_extent(sch, loop) for loop in loops)
+    lanes = max(1, rules.vector_bits // item_bits)
+    if len(loops) > 1 and is_pointwise(sch, block):
+        loops = [sch.fuse(*loops)]
+    *outer, last = loops
+    if is_contiguous(sch, block):
+        whole = loop_extent(sch, last) % lanes == 0 or loop_extent(sch, last) < lanes
+        rest = vectorize_cut(sch, last, lanes)
+        if whole:
+            outer = [*outer, rest]
+    else:
+        outer = loops[:-1] or loops
     if outer:
-        parallelize(
-            sch, sch.fuse(*outer[:-1]) if len(outer) > 1 else outer[0], rules, work, MIN_PARALLEL_ELEMENTS
-        )
+        fused = sch.fuse(*outer) if len(outer) > 1 else outer[0]
+        parallelize(sch, fused, rules, work, MIN_PARALLEL_ELEMENTS)
+
+
+def is_pointwise(sch: s_tir.Schedule, block: SBlockRV) -> bool:
+    """Whether a block reads and writes only at its own position, in buffers of its own shape."""
+    stmt = sch.get(block)
+    own = [it.var for it in stmt.iter_vars]
+    shape = [int(it.dom.extent) for it in stmt.iter_vars]
+    for extents, indices in _accesses(stmt):
+        if extents != shape or not all(index.same_as(var) for index, var in zip(indices, own, strict=True)):
+            return False
+    return True
+
+
+def is_contiguous(sch: s_tir.Schedule, block: SBlockRV, axis: int = -1) -> bool:
+    """Whether each access of a block moves by 0 or 1 elements when the block's `axis` moves by 1."""
+    stmt = sch.get(block)
+    last = stmt.iter_vars[axis].var
+    for extents, indices in _accesses(stmt):
+        address: Any = tirx.const(0, "int64")
+        for index, extent in zip(indices, extents, strict=True):
+            address = address * extent + index
+        linear = sym.detect_linear_equation(address, [last])
+        if not linear or not isinstance(linear[0], tirx.IntImm) or int(linear[0]) not in (0, 1):
+            return False
+    return True
+
+
+def _accesses(stmt: tirx.Stmt) -> list[tuple[list[int], list[Any]]]:
+    """Return the buffer accesses of a block's body, each as the buffer's shape and the indices."""
+    found: list[tuple[list[int], list[Any]]] = []
+
+    def load(node: tvm.ir.expr.TensorLoad) -> None:
+        found.append(([int(extent) for extent in node.source.ty.shape], list(node.indices)))
+
+    def store(node: tirx.BufferStore) -> None:
+        found.append(([int(extent) for extent in node.buffer.shape], list(node.indices)))
+
+    tvm_ffi.structural_walk(stmt.body, [(tvm.ir.expr.TensorLoad, load), (tirx.BufferStore, store)])
+    return found
 
 
 def constant_array(expr: relax.Expr, what: str) -> Any:
@@ -220,11 +290,3 @@ def constant_array(expr: relax.Expr, what: str) -> Any:
             f"The {what} of a kernel must be a constant, not {expr}.", "Bind the parameters before lowering."
         )
     return expr.value.numpy()
-
-
-def scheduled(func: tirx.PrimFunc, sch: s_tir.Schedule) -> tirx.PrimFunc:
-    """Return the schedule's function with the attributes of the one that it was made from."""
-    result = sch.mod["main"]
-    for key, value in (func.attrs or {}).items():
-        result = result.with_attr(key, value)
-    return result.with_attr("tirx.is_scheduled", True)

@@ -1,0 +1,259 @@
+"""From Relax operators to scheduled kernels, for a target."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import relax, s_tir, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.target import Target
+
+from tvm_compress.errors import KernelError
+from tvm_compress.schedules import elementwise, fp32, int8, kernel, ops
+from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
+from tvm_compress.schedules.target_rules import TargetRules, rules_for
+
+FAMILIES: dict[str, KernelFamily] = {family.name: family for family in (fp32.FAMILY, int8.FAMILY)}
+
+# Raised when a change of the schedules makes old measurements worthless: part of every kernel's key.
+SCHEDULES_VERSION = 1
+
+_ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
+    "quantize": elementwise.legalize_quantize,
+    "dequantize": elementwise.legalize_dequantize,
+    "requantize": elementwise.legalize_requantize,
+}
+_FP32_SITES = ("relax.nn.conv2d", "relax.matmul")
+_INTEGER_SITES = ("tvm_compress.conv2d", "tvm_compress.dense")
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What one kernel of a lowered module computes, for latency models and measurements.
+
+    Attributes
+    ----------
+    name
+        Its symbol in the module and the library.
+    kind
+        "conv2d_fp32", "dense_int8", ... for sites, else "elementwise".
+    count
+        Calls in main.
+    key
+        Identifies the kernel across models: hash of its code, target and version of the schedules.
+    features
+        Shapes, bits, macs, bops, bytes, intensity (macs per byte), one-hot operators and schemes.
+    func
+        The scheduled PrimFunc.
+    """
+
+    name: str
+    kind: str
+    count: int
+    key: str
+    features: dict[str, float]
+    func: tirx.PrimFunc
+
+
+def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Lower a Relax module with bound parameters to scheduled TIR; `relax.build` takes the result as it is.
+
+    Raises
+    ------
+    KernelError
+        Where a convolution or dense layer has no kernel: no fallback, as it would be 100 times slower.
+    """
+    ops.register()
+    elementwise.allow_vector_rounding()
+    rules = rules_for(target)
+    module = fold_transposed_weights(module)
+    _check_sites(module)
+    with target:
+        module = relax.transform.LegalizeOps(customize_legalize_map=_legalize_map(rules))(module)
+        module = tvm.ir.transform.Sequential(
+            [
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+            ]
+        )(module)
+    functions = {
+        gv: schedule_function(func, rules, gv.name_hint) if isinstance(func, tirx.PrimFunc) else func
+        for gv, func in module.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
+    """Return what LegalizeOps shall call for the sites and for the dialect's operators."""
+
+    def bound(legalize: Callable) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
+        return lambda bb, call: legalize(bb, call, rules)
+
+    def integer_site(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        return FAMILIES[str(call.attrs["scheme"])].legalize(bb, call, rules)
+
+    return (
+        {name: bound(fp32.FAMILY.legalize) for name in _FP32_SITES}
+        | dict.fromkeys(_INTEGER_SITES, integer_site)
+        | {ops.PREFIX + name: bound(legalize) for name, legalize in _ELEMENTWISE.items()}
+    )
+
+
+@mutator
+class _FoldTransposedWeights(PyExprMutator):
+    """Replaces the permute_dims of a constant by the permuted constant."""
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = super().visit_call_(call)
+        if getattr(call.op, "name", "") != "relax.permute_dims":
+            return call
+        value = call.args[0]
+        if not isinstance(value, tvm.ir.GenericConst):
+            return call
+        axes = None if call.attrs.axes is None else [int(axis) for axis in call.attrs.axes]
+        return relax.const(np.ascontiguousarray(value.value.numpy().transpose(axes)))
+
+
+def fold_transposed_weights(module: tvm.IRModule) -> tvm.IRModule:
+    """Transpose constants now, with numpy (FoldConstant would compile a kernel for each)."""
+    folder = _FoldTransposedWeights(module)
+    for gv, func in module.functions.items():
+        if isinstance(func, relax.Function):
+            folder.builder_.update_func(gv, folder.visit_expr(func))
+    return relax.transform.CanonicalizeBindings()(folder.builder_.get())
+
+
+def _check_sites(module: tvm.IRModule) -> None:
+    """Raise KernelError for every call that would need a kernel that does not exist."""
+    for func in module.functions.values():
+        if not isinstance(func, relax.Function):
+            continue
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                if isinstance(binding.value, relax.Call):
+                    _check_call(binding.value)
+
+
+def _check_call(call: relax.Call) -> None:
+    name = str(getattr(call.op, "name", ""))
+    if name in _FP32_SITES or name in _INTEGER_SITES:
+        kernel.constant_array(call.args[1], f"weights of {name}")
+        if name in _INTEGER_SITES and str(call.attrs["scheme"]) not in FAMILIES:
+            raise KernelError(
+                f"There is no kernel family {call.attrs['scheme']!r}; there are {', '.join(FAMILIES)}."
+            )
+    elif name.startswith("relax.nn.conv") or name == "tvm_compress.binarize":
+        raise KernelError(
+            f"There is no kernel for {name}.", "Convolutions must be 2-D; realise QDQ modules first."
+        )
+
+
+def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tirx.PrimFunc:
+    """Schedule one PrimFunc by the family of its annotated block, or as element-wise where there is none.
+
+    Raises
+    ------
+    KernelError
+        Where the schedule does not apply to what was fused.
+    """
+    if relax.analysis.has_reshape_pattern(func):
+        # Becomes a view of the same memory; a schedule would hide that.
+        return func
+    sch = s_tir.Schedule(func)
+    blocks = kernel.child_blocks(sch)
+    family = next((str(f) for f in (kernel.annotation(sch, b, KERNEL) for b in blocks) if f), None)
+    info: dict[str, Any] = {"operator": "elementwise"}
+    try:
+        if family is None:
+            elementwise.schedule_plain(sch, rules)
+        else:
+            fused = FusedKernel(sch)
+            info = fused.info | {"epilogue": len(fused.epilogue)}
+            FAMILIES[family].schedule(sch, fused, rules)
+    except s_tir.ScheduleError as error:
+        reason = str(error).strip().splitlines()[-1]
+        names = ", ".join(kernel.block_name(s_tir.Schedule(func), b) for b in blocks)
+        raise KernelError(
+            f"The kernel {name} ({names}) cannot be scheduled for {rules.name}: {reason}"
+        ) from error
+    result = sch.mod["main"].without_attr("global_symbol")
+    for key, value in (func.attrs or {}).items():
+        result = result.with_attr(key, value)
+    return result.with_attr("tirx.is_scheduled", True).with_attr(INFO, json.dumps(info, sort_keys=True))
+
+
+def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
+    """Describe the kernels of a lowered module, in the order of their first call."""
+    calls: dict[tvm.ir.GlobalVar, list[relax.Call]] = {}
+    for block in module["main"].body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.call_tir":
+                calls.setdefault(value.args[0], []).append(value)
+    rules = rules_for(target)
+    infos = []
+    for gv, sites in calls.items():
+        func = module[gv]
+        info = json.loads(str(func.attrs[INFO])) if INFO in func.attrs else {"operator": "elementwise"}
+        kind = info["operator"] + (f"_{info['scheme']}" if "scheme" in info else "")
+        features = _features(info, sites[0], rules)
+        infos.append(KernelInfo(gv.name_hint, kind, len(sites), _key(func, target), features, func))
+    return infos
+
+
+def _key(func: tirx.PrimFunc, target: Target) -> str:
+    """Return a key that is the same for the same kernel in any model and any process."""
+    bare = func.without_attr("global_symbol") if "global_symbol" in func.attrs else func
+    code = tvm_ffi.structural_hash(bare) & (2**64 - 1)
+    where = hashlib.sha256(str(target).encode()).hexdigest()[:12]
+    return f"{code:016x}-{where}-{tvm.__version__}-{SCHEDULES_VERSION}"
+
+
+_SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
+
+
+def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> dict[str, float]:
+    """Return a kernel's numeric features; all kernels have the same names."""
+    site = "scheme" in info
+    features = {name: float(info.get(name, 0)) for name in _SHAPE_FEATURES}
+    for operator in ("conv2d", "dense", "elementwise"):
+        features[f"is_{operator}"] = float(info["operator"] == operator)
+    for scheme in FAMILIES:
+        features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
+    features["activation_bits"] = float(info.get("activation_bits", 32))
+    features["weight_bits"] = float(info.get("weight_bits", 32))
+    macs = 0.0
+    if site:
+        outputs = math.prod(int(info[name]) for name in ("N", "OH", "OW", "OC"))
+        macs = outputs * int(info["KH"]) * int(info["KW"]) * int(info["IC"]) / int(info["groups"])
+    weights = inputs = 0
+    for argument in call.args[1].fields:
+        if isinstance(argument, tvm.ir.GenericConst):
+            weights += _bytes(argument)
+        else:
+            inputs += _bytes(argument)
+    output = _bytes(call)
+    features |= {
+        "macs": macs,
+        "bops": macs * features["activation_bits"] * features["weight_bits"],
+        "input_bytes": float(inputs),
+        "weight_bytes": float(weights),
+        "output_bytes": float(output),
+        "intensity": macs / (inputs + weights + output),
+        "epilogue_ops": float(info.get("epilogue", 0)),
+        "threads": float(rules.threads),
+    }
+    return features
+
+
+def _bytes(expr: relax.Expr) -> int:
+    shape = [int(extent) for extent in expr.ty.shape]
+    return math.prod(shape) * np.dtype(str(expr.ty.dtype)).itemsize

@@ -1,0 +1,169 @@
+"""All but convolutions and dense layers: the dialect's element-wise operators, and schedules for the rest."""
+
+from functools import cache
+from typing import Any
+
+import tvm
+from tvm import relax, s_tir, te, tirx
+from tvm.s_tir.schedule import SBlockRV
+
+from tvm_compress.errors import KernelError
+from tvm_compress.schedules import kernel
+from tvm_compress.schedules.target_rules import TargetRules
+
+# Vectors that a reduction accumulates at once: hides the latency of the addition.
+_REDUCTION_VECTORS = 4
+
+
+@cache
+def allow_vector_rounding() -> None:
+    """Tell TVM that rounding exists for vectors; without it a quantization is computed value by value."""
+    tvm.ir.register_op_attr("tirx.nearbyint", "TVectorizable", True)
+
+
+def legalize_quantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace tvm_compress.quantize; see schedules.ops for what it computes."""
+    attrs = call.attrs
+    scale, zero_point = float(attrs["scale"]), float(int(attrs["zero_point"]))
+    low, high = float(int(attrs["qmin"])), float(int(attrs["qmax"]))
+    dtype = str(attrs["dtype"])
+
+    def value(x: Any) -> Any:
+        # The clamp comes before the cast, which is undefined outside of the type's range.
+        steps = tirx.nearbyint(x / tirx.const(scale, "float32")) + tirx.const(zero_point, "float32")
+        steps = tirx.max(tirx.min(steps, tirx.const(high, "float32")), tirx.const(low, "float32"))
+        return steps.astype("int32").astype(dtype)
+
+    def compute(x: te.Tensor) -> te.Tensor:
+        return te.compute(x.shape, lambda *i: value(x(*i)), name="quantize")
+
+    return bb.call_te(compute, call.args[0], primfunc_name_hint="quantize")
+
+
+def legalize_dequantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace tvm_compress.dequantize; see schedules.ops for what it computes."""
+    zero_point = int(call.attrs["zero_point"])
+
+    def compute(x: te.Tensor, scale: te.Tensor) -> te.Tensor:
+        def value(*i: Any) -> Any:
+            factor = _per_channel(scale, i)
+            return (x(*i).astype("int32") - zero_point).astype("float32") * factor
+
+        return te.compute(x.shape, value, name="dequantize")
+
+    return bb.call_te(compute, *call.args, primfunc_name_hint="dequantize")
+
+
+def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace tvm_compress.requantize; see schedules.ops for what it computes."""
+    attrs = call.attrs
+    shift, zero_point = int(attrs["shift"]), int(attrs["zero_point"])
+    low, high, dtype = int(attrs["qmin"]), int(attrs["qmax"]), str(attrs["dtype"])
+    if not 0 <= shift <= 62:
+        raise KernelError(f"A requantization's shift must lie within 0 and 62, not at {shift}.")
+
+    # From a shift of 31 on the quotient fits 32 bits, whose vectors hold twice as many values.
+    bounds = (low - zero_point, high - zero_point)
+    narrow = shift >= 31 and all(-(2**31) <= bound < 2**31 for bound in bounds)
+
+    def compute(x: te.Tensor, multiplier: te.Tensor) -> te.Tensor:
+        def value(*i: Any) -> Any:
+            rounded = rounded_product(x(*i), _per_channel(multiplier, i), shift)
+            clamped = clamp(rounded.astype("int32") if narrow else rounded, *bounds, zero_point)
+            return clamped.astype("int32").astype(dtype)
+
+        return te.compute(x.shape, value, name="requantize")
+
+    return bb.call_te(compute, *call.args, primfunc_name_hint="requantize")
+
+
+def clamp(x: Any, low: int, high: int, offset: int) -> Any:
+    """Return min(max(x, low), high) + offset, leaving out bounds that x's type implies and a zero offset."""
+    bits = {"int32": 31, "int64": 63}[str(x.dtype)]
+    if low > -(1 << bits):
+        x = tirx.max(x, tirx.const(low, x.dtype))
+    if high < (1 << bits) - 1:
+        x = tirx.min(x, tirx.const(high, x.dtype))
+    return x + tirx.const(offset, x.dtype) if offset else x
+
+
+def rounded_product(x: Any, multiplier: Any, shift: int) -> Any:
+    """Return x * multiplier / 2**shift as int64, rounded to nearest, halves away from zero.
+
+    floor((p + half - [p < 0]) / 2**shift): a negative p's half must round down, which taking 1 off does.
+    """
+    product = x.astype("int64") * multiplier.astype("int64")
+    if shift == 0:
+        return product
+    half = tirx.const(1 << (shift - 1), "int64")
+    # An arithmetic shift of the sign gives -1 or 0, without a comparison in the vector.
+    sign = product >> tirx.const(63, "int64")
+    return (product + half + sign) >> tirx.const(shift, "int64")
+
+
+def _per_channel(values: te.Tensor, indices: tuple[Any, ...]) -> Any:
+    """Return the value for the last index of `indices`, from a tensor of shape [C], [1] or []."""
+    if len(values.shape) == 0:
+        return values()
+    return values[0] if int(values.shape[0]) == 1 else values[indices[-1]]
+
+
+def schedule_plain(sch: s_tir.Schedule, rules: TargetRules) -> None:
+    """Schedule a PrimFunc that holds no kernel: element-wise chains, padding, pools, sums, transpositions."""
+    inline_chains(sch)
+    for block in kernel.child_blocks(sch):
+        if _is_reduction(sch, block):
+            _schedule_reduction(sch, block, rules)
+        else:
+            kernel.schedule_injective(sch, block, rules)
+
+
+def inline_chains(sch: s_tir.Schedule) -> None:
+    """Inline every element-wise block that has exactly one consumer."""
+    for block in kernel.child_blocks(sch):
+        if _is_reduction(sch, block) or len(sch.get_consumers(block)) != 1:
+            continue
+        sch.compute_inline(block)
+
+
+def _is_reduction(sch: s_tir.Schedule, block: SBlockRV) -> bool:
+    return any(it.iter_type != tirx.IterVar.DataPar for it in sch.get(block).iter_vars)
+
+
+def _schedule_reduction(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules) -> None:
+    """Accumulate vectors along the last kept axis where the reads are contiguous there (pools, means)."""
+    kinds = [it.iter_type for it in sch.get(block).iter_vars]
+    loops = list(sch.get_loops(block))
+    spatial = sum(kind == tirx.IterVar.DataPar for kind in kinds)
+    kept, reduced = loops[:spatial], loops[spatial:]
+    work = 1
+    for loop in loops:
+        work *= kernel.loop_extent(sch, loop)
+    if not kept:
+        return
+    if not kernel.is_contiguous(sch, block, spatial - 1):
+        kernel.parallelize(sch, sch.fuse(*kept), rules, work, kernel.MIN_PARALLEL_ELEMENTS)
+        return
+    *outer, channels = kept
+    extent = kernel.loop_extent(sch, channels)
+    lanes = rules.fp32_lanes
+    if extent < lanes:
+        lanes = kernel.vector_factor(extent, lanes)
+    vectors = next(v for v in range(_REDUCTION_VECTORS, 0, -1) if v == 1 or extent % (v * lanes) == 0)
+    rest, several, vector = sch.split(channels, [None, vectors, lanes])
+    sch.reorder(*outer, rest, *reduced, several, vector)
+    if extent % (vectors * lanes):
+        kernel.cut_at_predicate(sch, rest)
+    written = sch.cache_write(block, 0, "local")
+    sch.reverse_compute_at(written, rest, preserve_unit_loops=True)
+    *units, wide = kernel.inner(sch, written, rest)
+    copies, copied = sch.split(wide, [None, lanes])
+    if lanes > 1:
+        sch.vectorize(vector)
+        sch.vectorize(copied)
+    for loop in (several, copies, *units):
+        sch.unroll(loop)
+    if outer:
+        kernel.parallelize(sch, sch.fuse(*outer), rules, work, kernel.MIN_PARALLEL_ELEMENTS)
+    if reduced:
+        sch.decompose_reduction(block, reduced[0])
