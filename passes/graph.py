@@ -42,6 +42,20 @@ def tensors(expr: relax.Expr) -> list[relax.Expr]:
     return [expr]
 
 
+def substitute(expr: relax.Expr, replaced: Mapping[relax.Var, relax.Expr]) -> relax.Expr:
+    """Give a binding's expression with its variables replaced; one that is not named stays."""
+    if isinstance(expr, relax.Var):
+        return replaced.get(expr, expr)
+    if isinstance(expr, relax.Call):
+        args = [substitute(arg, replaced) for arg in expr.args]
+        return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
+    if isinstance(expr, Tuple):
+        return Tuple([substitute(field, replaced) for field in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        return relax.TupleGetItem(substitute(expr.tuple_value, replaced), expr.index)
+    return expr
+
+
 def weight_parameter(
     expr: relax.Expr, defined: Mapping[relax.Var, relax.Expr], function: relax.Function
 ) -> relax.Var | None:
