@@ -28,12 +28,12 @@ def kernels(number: int, seed: int = 0) -> list[Kernel]:
         macs = channels * channels * 9 * size * size
         features = {
             "macs": macs,
-            "bytes_read": 4 * channels * size * size,
-            "bytes_written": 4 * channels * size * size,
-            "in_channels": channels,
-            "out_channels": channels,
-            "out_height": size,
-            "out_width": size,
+            "input_bytes": 4 * channels * size * size,
+            "output_bytes": 4 * channels * size * size,
+            "IC": channels,
+            "OC": channels,
+            "OH": size,
+            "OW": size,
             "activation_bits": 8,
             "weight_bits": 8,
         }
@@ -44,7 +44,7 @@ def kernels(number: int, seed: int = 0) -> list[Kernel]:
 
 def true_time(kernel: Kernel) -> float:
     rate = {"conv2d_fp32": 2e10, "conv2d_int8": 7e10}[kernel.kind]
-    fill = 1.0 if kernel.features["in_channels"] % 16 == 0 else 1.4
+    fill = 1.0 if kernel.features["IC"] % 16 == 0 else 1.4
     return kernel.features["macs"] / rate * fill + 2e-6
 
 
@@ -96,8 +96,8 @@ def test_useless_rows_do_not_count():
 
 
 def test_vector_names_every_number_and_takes_unknown_kinds():
-    kernel = Kernel("pool", "max_pool2d", {"elements": 7.0, "in_channels": 24.0})
+    kernel = Kernel("pool", "max_pool2d", {"output_bytes": 7.0, "IC": 24.0})
     values = dict(zip(FEATURE_NAMES, kernel_vector(kernel), strict=True))
     assert values["kind_other"] == 1.0
-    assert values["log2_elements"] == 3.0
-    assert values["in_channels_over_32"] == 0.75
+    assert values["log2_output_bytes"] == 3.0
+    assert values["ic_over_32"] == 0.75

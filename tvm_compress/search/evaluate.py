@@ -1,0 +1,102 @@
+"""The evaluator that the search uses: accuracy by the twin's integers, latency from the device."""
+
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+
+from tvm_compress.metrics.cost import metrics
+from tvm_compress.passes.policy import CompressionPolicy
+from tvm_compress.search.candidate import Candidate, Compressor, Training
+from tvm_compress.search.latency import Latency, structure_key
+from tvm_compress.search.results import MEASURED, EpisodeResult
+from tvm_compress.twin import Twin
+
+
+class LatencySource(Protocol):
+    """Where the latency of a module comes from: `latency.MeasuredLatency` or `latency.HybridLatency`."""
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """Latency of a module with the structure `key`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later answers depend on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        ...
+
+
+class CompressionEvaluator:
+    """Applies a policy and measures what comes of it; a policy seen before is answered from memory.
+
+    Accuracy is that of the integer module, the integers that the artifact computes, on validation images; the test
+    images are not at hand here. The default does not train (see `SearchSettings.retrain_epochs`).
+
+    Parameters
+    ----------
+    compressor
+        Applies policies.
+    source
+        Of latencies.
+    x, y
+        Normalised validation images [N, C, H, W] and labels [N].
+    model, where
+        Fingerprint of the model, and what else the latency depends on: parts of the keys of measurements.
+    unit
+        Of the latencies.
+    training
+        Retraining of each candidate before its accuracy is taken, or None.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        source: LatencySource,
+        x: np.ndarray,
+        y: np.ndarray,
+        model: str,
+        where: str,
+        unit: str,
+        training: Training | None = None,
+    ) -> None:
+        self._compressor = compressor
+        self._source = source
+        self._x, self._y = x, y
+        self._model, self._where, self._unit = model, where, unit
+        self._training = training
+        self._seen: dict[str, EpisodeResult] = {}
+
+    def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
+        """Result of a policy in an episode."""
+        key = self.key(policy)
+        if key in self._seen:
+            return self._seen[key]
+        result = self.judge(self._compressor.apply(policy, self._training), key, episode)
+        if result.latency_kind == MEASURED:
+            self._seen[key] = result
+        return result
+
+    def key(self, policy: CompressionPolicy) -> str:
+        """Key of a policy's structure on this model and device."""
+        return structure_key(policy, self._model, self._where)
+
+    def judge(self, candidate: Candidate, key: str, episode: int) -> EpisodeResult:
+        """Accuracy, latency and costs of a candidate."""
+        accuracy = Twin(candidate.integer_module).accuracy(self._x, self._y)
+        latency = self._source.latency(candidate.integer_module, key, episode, accuracy)
+        costs = metrics(candidate.module, candidate.policy)
+        return EpisodeResult(accuracy, latency.value, latency.ratio, latency.kind, self._unit, costs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Results by policy, and the latencies' state."""
+        seen = {key: asdict(result) for key, result in self._seen.items()}
+        return {"seen": seen, "source": self._source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        self._seen = {key: EpisodeResult(**values) for key, values in state["seen"].items()}
+        self._source.load_state_dict(state["source"])
