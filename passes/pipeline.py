@@ -1,0 +1,186 @@
+"""The order of the passes: the only place that knows it."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import IRModule, relax
+
+from tvm_compress.errors import ModelError, PolicyError
+from tvm_compress.passes.annotate_quantization import ActivationRanges, AnnotateQuantization
+from tvm_compress.passes.canonicalize import Canonicalize
+from tvm_compress.passes.fold_batch_norm import FoldBatchNorm
+from tvm_compress.passes.graph import bindings, operator
+from tvm_compress.passes.insert_qdq import InsertQDQ
+from tvm_compress.passes.params import bind_params, get_stage, require_stage, with_stage
+from tvm_compress.passes.policy import CompressionPolicy
+from tvm_compress.passes.prune_channels import PruneChannels
+from tvm_compress.passes.realize_integer import RealizeInteger
+from tvm_compress.passes.sites import find_sites
+from tvm_compress.schedules.apply import KernelInfo, kernel_infos, lower_to_kernels
+from tvm_compress.schedules.target_rules import parse_target
+
+TargetLike = str | Mapping[str, Any] | tvm.target.Target
+Calibrate = Callable[[IRModule], ActivationRanges]
+Folder = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A module built for a target.
+
+    Attributes
+    ----------
+    executable
+        Takes the inputs, NCHW float32, and gives the outputs: the VM function `main`.
+    kernels
+        What it is made of.
+    module
+        The lowered module that it was built from.
+    target
+        The target it was built for.
+    """
+
+    executable: relax.VMExecutable
+    kernels: list[KernelInfo]
+    module: IRModule
+    target: tvm.target.Target
+
+    def export(self, path: Folder, fcompile: Callable[..., None] | None = None) -> Path:
+        """Write the library to a file, which is never seen half-written.
+
+        `fcompile(output, objects, options=None, **kw)` links for another machine than this one; None takes the
+        host's compiler.
+        """
+        path = Path(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+            unfinished = Path(folder) / path.name
+            self.executable.export_library(str(unfinished), fcompile=fcompile)
+            os.replace(unfinished, path)
+        return path
+
+
+class _Dump:
+    """Writes the module's script after each phase into a folder, if there is one."""
+
+    def __init__(self, folder: Folder | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, phase: str, module: IRModule) -> IRModule:
+        """Write and return the module; files are numbered on from those in the folder."""
+        if self._folder is not None:
+            number = len(list(self._folder.glob("[0-9][0-9]_*.py")))
+            (self._folder / f"{number:02d}_{phase}.py").write_text(module.script(show_meta=False) + "\n")
+        return module
+
+
+def compress(
+    module: IRModule,
+    policy: CompressionPolicy,
+    scores: Mapping[str, np.ndarray] | None = None,
+    calibration: ActivationRanges | Calibrate | None = None,
+    dump: Folder | None = None,
+) -> IRModule:
+    """Apply a policy: float -> pruned float -> QDQ, or float where nothing is quantized.
+
+    Parameters
+    ----------
+    module
+        A float module (or what an importer gives: it is canonicalised first), unpruned.
+    scores
+        See `PruneChannels`.
+    calibration
+        Ranges of the *pruned* module's activations, or a function that takes the pruned module and gives them.
+    dump
+        Folder for the module's script after each phase.
+
+    Raises
+    ------
+    PolicyError
+        Where the policy does not fit the module, or sites are quantized without calibration.
+    """
+    write = _Dump(dump)
+    if not get_stage(module):
+        module = write("canonicalize", Canonicalize()(module))
+    require_stage(module, "float", what="compress")
+    sites = find_sites(module)
+    policy.check(sites)
+    quantized = [site.name for site in sites if policy[site.name].quantized]
+    if quantized and calibration is None:
+        raise PolicyError(
+            f"Site {quantized[0]!r} is quantized, but there is no calibration.",
+            "Give the ranges of its input (tvm_compress.calibration.calibrate).",
+        )
+    module = write("prune_channels", PruneChannels(policy, scores)(module))
+    if not quantized:
+        return module
+    # A calibration is no function: it has `range`.
+    ranges = calibration if hasattr(calibration, "range") else calibration(module)  # type: ignore[operator, misc]
+    module = write("annotate_quantization", AnnotateQuantization(policy, ranges)(module))
+    return write("insert_qdq", InsertQDQ()(module))
+
+
+def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> IRModule:
+    """Choose and schedule the kernels: float, qdq or integer -> kernels; parameters become constants.
+
+    Raises
+    ------
+    TargetError
+        Where the target is unknown.
+    KernelError
+        Where a site has no kernel.
+    """
+    write = _Dump(dump)
+    require_stage(module, "float", "qdq", "integer", what="lower")
+    parsed = parse_target(target)
+    if get_stage(module) != "integer":
+        # In a QDQ module only the fp32 sites' batch norms: the quantized sites' go with their realisation.
+        module = write("fold_batch_norm", FoldBatchNorm()(module))
+    if get_stage(module) == "qdq":
+        module = write("realize_integer", RealizeInteger()(module))
+    module = write("bind_params", bind_params(module))
+    if any(operator(value) == "relax.nn.batch_norm" for _, value in bindings(module["main"])):
+        module = write("decompose_batch_norm", relax.transform.DecomposeOpsForInference()(module))
+    return write("kernels", with_stage(lower_to_kernels(module, parsed), "kernels"))
+
+
+def build(module: IRModule, target: TargetLike, dump: Folder | None = None) -> Compiled:
+    """Compile a module of any stage from float on; see `lower` for what it raises."""
+    parsed = parse_target(target)
+    if not get_stage(module):
+        raise ModelError("The module is not canonical.", "Apply Canonicalize to what an importer gives.")
+    lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump)
+    kernels = kernel_infos(lowered, parsed)
+    return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)
+
+
+@cache
+def register_pipelines() -> None:
+    """Make `compress` and `lower` known to Relax: `relax.get_pipeline("tvm_compress.compress", policy=...)`.
+
+    Each takes the function's arguments but the module, and gives a pass. Any further call does nothing.
+    """
+
+    @relax.register_pipeline("tvm_compress.compress")
+    def compress_pipeline(policy: CompressionPolicy, **settings: Any) -> tvm.ir.transform.Pass:
+        return _as_pass("tvm_compress.compress", lambda module: compress(module, policy, **settings))
+
+    @relax.register_pipeline("tvm_compress.lower")
+    def lower_pipeline(target: TargetLike, **settings: Any) -> tvm.ir.transform.Pass:
+        return _as_pass("tvm_compress.lower", lambda module: lower(module, target, **settings))
+
+
+def _as_pass(name: str, function: Callable[[IRModule], IRModule]) -> tvm.ir.transform.Pass:
+    def run(module: IRModule, context: tvm.transform.PassContext) -> IRModule:
+        del context
+        return function(module)
+
+    return tvm.transform.module_pass(run, opt_level=0, name=name)
