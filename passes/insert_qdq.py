@@ -104,7 +104,9 @@ class _Inserter:
                     self._define(tensor, tensor)
                 for binding in bindings_of(self.function):
                     self._visit(binding)
-                result = self.builder.emit_output(substitute(self.function.body.body, self.replaced))
+                result = substitute(self.function.body.body, self.replaced)
+                if isinstance(result, relax.DataflowVar):
+                    result = self.builder.emit_output(result)
             self.builder.emit_func_output(result)
         return self.builder.finalize()["main"].with_attrs(dict(self.function.attrs))
 
@@ -122,7 +124,9 @@ class _Inserter:
         value = substitute(value, self.replaced)
         if binding.var in self.own:
             value = with_args(value, [self._fake(value.args[0], self.own[binding.var]), *value.args[1:]])
-        self._define(binding.var, self.builder.emit(value, name_hint=binding.var.name))
+        inner = isinstance(binding.var, relax.DataflowVar)
+        emit = self.builder.emit if inner else self.builder.emit_output
+        self._define(binding.var, emit(value, name_hint=binding.var.name))
 
     def _fake(self, x: relax.Expr, view: _View) -> relax.Var:
         """Emit dequantize(clip(quantize(x)))."""

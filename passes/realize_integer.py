@@ -21,7 +21,7 @@ from tvm_compress.passes.sites import site_name
 class RealizeInteger:
     """Compute the quantized sites in integers and bind all parameters: qdq -> integer.
 
-    The result holds the operators of `tvm_compress.schedules.ops`, no batch norm and no parameters. On the same
+    The result holds the operators of `tvm_compress.schedules.ops`, no batch norm, no parameters. On the same
     input integers, each site's next quantized value is that of the QDQ module but for rounding: one step.
 
     Raises

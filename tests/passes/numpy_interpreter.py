@@ -7,6 +7,7 @@ import numpy as np
 import tvm
 from tvm import IRModule, relax
 
+from tvm_compress.passes.annotate_quantization import site_calls
 from tvm_compress.passes.params import get_params
 from tvm_compress.passes.sites import site_name
 
@@ -102,7 +103,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.multiply": lambda x, y, _: x * y,
     "relax.nn.relu": lambda x, _: np.maximum(x, 0),
     "relax.sigmoid": lambda x, _: 1 / (1 + np.exp(-x)),
-    "relax.clip": lambda x, low, high, _: np.clip(x, low, high),
+    "relax.clip": lambda x, low, high, _: np.clip(x, low, high).astype(x.dtype),
     "relax.nn.batch_norm": batch_norm,
     "relax.nn.max_pool2d": max_pool,
     "relax.nn.batch_flatten": lambda x, _: x.reshape(x.shape[0], -1),
@@ -158,6 +159,20 @@ def operators(module: IRModule) -> list[str]:
     """Names of all operators, in order."""
     values = [binding.value for block in module["main"].body.blocks for binding in block.bindings]
     return [v.op.name.removeprefix("relax.") for v in values if isinstance(v, relax.Call)]
+
+
+def calibrate(module: IRModule, x: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value that each site of a float module reads."""
+    tensors: dict[relax.Var, list[float]] = {call.tensor: [] for call in site_calls(module["main"])}
+    names = {call.name: call.tensor for call in site_calls(module["main"])}
+
+    def watch(var: relax.Var, value: np.ndarray) -> np.ndarray:
+        if var in tensors:
+            tensors[var] = [float(value.min()), float(value.max())]
+        return value
+
+    run(module, x, watch)
+    return {name: (tensors[var][0], tensors[var][1]) for name, var in names.items()}
 
 
 def site_inputs(module: IRModule, x: np.ndarray) -> dict[str, np.ndarray]:
