@@ -15,11 +15,13 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import elementwise, fp32, int8, kernel, ops
+from tvm_compress.schedules import bitserial, elementwise, fp32, int8, kernel, ops
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
-FAMILIES: dict[str, KernelFamily] = {family.name: family for family in (fp32.FAMILY, int8.FAMILY)}
+FAMILIES: dict[str, KernelFamily] = {
+    family.name: family for family in (fp32.FAMILY, int8.FAMILY, bitserial.FAMILY)
+}
 
 # Raised when a change of the schedules makes old measurements worthless: part of every kernel's key.
 SCHEDULES_VERSION = 1
@@ -164,6 +166,9 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
     KernelError
         Where the schedule does not apply to what was fused.
     """
+    if func.attrs and "tirx.is_scheduled" in func.attrs:
+        # Made with its schedule, such as the packing in front of a bit-serial kernel.
+        return func
     if relax.analysis.has_reshape_pattern(func):
         # Becomes a view of the same memory; a schedule would hide that.
         return func

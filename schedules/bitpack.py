@@ -1,5 +1,6 @@
 """The packing of activations into bit planes: a PrimFunc of its own in front of a bit-serial kernel."""
 
+import json
 from typing import Any
 
 from tvm import relax, s_tir
@@ -7,7 +8,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tvm_compress.schedules.intrin.bits import WORD_CHANNELS, word_packer
-from tvm_compress.schedules.kernel import MIN_PARALLEL_ELEMENTS, parallelize
+from tvm_compress.schedules.kernel import INFO, MIN_PARALLEL_ELEMENTS, parallelize
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
 
@@ -74,4 +75,11 @@ def packing_kernel(layer: IntegerLayer, rules: TargetRules) -> PrimFunc:
     sch = s_tir.Schedule(main)
     loops = sch.get_loops(sch.get_sblock("pack"))
     parallelize(sch, sch.fuse(*loops[:2]), rules, n * h * w * ic, MIN_PARALLEL_ELEMENTS)
-    return sch.mod["main"].without_attr("global_symbol")
+    return sch.mod["main"].without_attr("global_symbol").with_attr(INFO, json.dumps(_info(layer)))
+
+
+def _info(layer: IntegerLayer) -> dict[str, Any]:
+    """Return what the kernel does, for latency models: an operator of its own, without multiplications."""
+    facts = layer.info()
+    names = ("N", "H", "W", "IC", "activation_bits")
+    return {"operator": "bitpack"} | {name: facts[name] for name in names}
