@@ -153,7 +153,6 @@ class Artifact:
         compiled: Compiled,
         *,
         input_spec: InputSpec,
-        output_shape: Sequence[int],
         class_names: Sequence[str],
         policy: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -175,11 +174,9 @@ class Artifact:
             staging.chmod(0o755)
             compiled.export(staging / LIBRARY, fcompile=fcompile)
             manifest = Manifest(
-                target=json.loads(str(compiled.target.to_json()))
-                if hasattr(compiled.target, "to_json")
-                else dict(compiled.target.export()),
+                target={key: _plain(value) for key, value in compiled.target.export().items()},
                 input=_input_as_dict(input_spec),
-                output={"shape": list(output_shape), "dtype": "float32"},
+                output={"shape": [int(n) for n in compiled.module["main"].ret_ty.shape], "dtype": "float32"},
                 class_names=list(class_names),
                 policy=None if policy is None else dict(policy),
                 metrics=dict(metrics or {}),
@@ -310,6 +307,13 @@ def _input_as_dict(spec: InputSpec) -> dict[str, Any]:
         "layout": "NCHW",
         "range": "(x / 255 - mean) / std for 8-bit images",
     }
+
+
+def _plain(value: Any) -> Any:
+    """TVM's containers as JSON values."""
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    return [_plain(item) for item in value] if isinstance(value, Sequence) else str(value)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Applies a policy to a model and builds models, without searching: what `compress` and `compile` do."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +10,18 @@ import numpy as np
 import tvm
 
 from tvm_compress.artifact import Artifact
-from tvm_compress.calibration import calibrate
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, SettingError
-from tvm_compress.finetune import finetune
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets, round_channels
 from tvm_compress.passes.params import get_stage
-from tvm_compress.passes.pipeline import build, compress
+from tvm_compress.passes.pipeline import build
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy, fingerprint
-from tvm_compress.passes.prune_channels import resolve_kept
-from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.passes.sites import find_sites
-from tvm_compress.rpc.cross import export_fcompile
+from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.candidate import Compressor, Training, realize
 from tvm_compress.tolerance.channels import channel_scores
 from tvm_compress.twin import Twin
 
@@ -75,7 +73,7 @@ def uniform_policy(
         found_by="uniform",
         model=fingerprint(sites),
     )
-    return policy.legalize(sites, rules_for(parse_target(target)))
+    return policy.legalize(sites, rules_for(parse_target(target)), find_coupled_sets(model.module))
 
 
 def _scheme(weight_bits: int, activation_bits: int) -> str:
@@ -118,41 +116,18 @@ def compress_model(
     """
     if get_stage(model.module) != "float" or "policy" in model.metadata:
         raise ModelError("This model is compressed already.", "Give the dense model that it was made from.")
-    sites = find_sites(model.module)
-    policy.check(sites)
-    rng = np.random.default_rng(seed)
-    some = split.train.subset(images, rng)
-    scores = channel_scores(model.module, some.normalized(), some.y, criterion=policy.criterion)
-    policy = resolve_kept(model.module, policy, scores)
-    pruned = compress(model.module, policy.pruning_only())
-    twin = Twin(pruned)
-    twin.reestimate_batch_norm(some.normalized())
-    module = compress(
-        twin.to_module(),
-        policy.quantization_only(),
-        calibration=calibrate(twin.to_module(), some.normalized()),
-    )
-    if finetune_epochs:
-        module = finetune(
-            module,
-            split.train,
-            finetune_epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            teacher=Twin(model.module),
-            progress=progress,
-        )
-    return compressed_model(model, policy, module)
+    policy.check(find_sites(model.module))
+    some = split.train.subset(images, np.random.default_rng(seed))
+    x = some.normalized()
+    scores = channel_scores(model.module, x, some.y, criterion=policy.criterion)
+    training = Training(split.train, finetune_epochs, learning_rate, seed, progress)
+    candidate = Compressor(model.module, x, scores).apply(policy, training)
+    return compressed_model(model, candidate.policy, candidate.module)
 
 
 def compressed_model(dense: Model, policy: CompressionPolicy, module: tvm.IRModule) -> Model:
     """Model of a compressed module, with the policy that made it in its metadata."""
     return replace(dense, module=module, metadata={**dense.metadata, "policy": policy.to_json()})
-
-
-def integer_module(model: Model) -> tvm.IRModule:
-    """Module that the artifact computes: integers where the model is quantized, else the float one."""
-    return RealizeInteger()(model.module) if get_stage(model.module) == "qdq" else model.module
 
 
 def model_policy(model: Model) -> CompressionPolicy | None:
@@ -170,24 +145,22 @@ def compile_model(model: Model, target_text: str, path: str | Path) -> Artifact:
         If the target is not known, or its cross-compiler is missing.
     """
     target = parse_target(target_text)
-    module = integer_module(model)
+    module = realize(model.module)
     policy = model_policy(model)
-    compiled = build(module, target)
     return Artifact.create(
         path,
-        compiled,
+        build(module, target),
         input_spec=model.input_spec,
-        output_shape=compiled.output_shape,
         class_names=model.class_names,
-        policy=None if policy is None else policy.to_dict(),
+        policy=None if policy is None else json.loads(policy.to_json()),
         metrics=metrics(model.module, policy),
-        fcompile=export_fcompile(target),
+        fcompile=export_fcompile(str(target.attrs.get("mtriple", ""))),
     )
 
 
 def twin_logits(model: Model, data: Dataset) -> np.ndarray:
     """Logits [N, classes] of the twin, from the integers where the model is quantized."""
-    return Twin(integer_module(model)).predict(data.normalized())
+    return Twin(realize(model.module)).predict(data.normalized())
 
 
 def model_summary(model: Model) -> dict[str, Any]:
@@ -205,7 +178,7 @@ def model_summary(model: Model) -> dict[str, Any]:
                 "weight_shape": list(site.weight_shape),
                 "out_shape": list(site.out_shape),
                 "macs": site.macs,
-                "policy": policy.sites[site.name].to_dict() if policy and site.name in policy.sites else {},
+                "policy": policy[site.name].to_dict() if policy else {},
             }
             for site in find_sites(model.module)
         ],

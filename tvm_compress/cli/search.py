@@ -61,9 +61,6 @@ def search(
         float, typer.Option(help="Weight of the latency in the reward, negative.")
     ] = DEFAULTS.beta,
     max_bits: Annotated[int, typer.Option(help="Largest width of a bit-serial site.")] = DEFAULTS.max_bits,
-    max_drop: Annotated[
-        float, typer.Option(help="Accuracy that a policy may lose before a slower one is preferred.")
-    ] = DEFAULTS.max_drop,
     retrain_epochs: Annotated[int, typer.Option(help="Training in each episode.")] = DEFAULTS.retrain_epochs,
     finetune_epochs: Annotated[int, typer.Option(help="Training of the best.")] = DEFAULTS.finetune_epochs,
     strategy: Annotated[str, typer.Option(help="ddpg, or random as a baseline.")] = DEFAULTS.strategy,
@@ -86,7 +83,6 @@ def search(
         criterion=criterion,
         beta=beta,
         max_bits=max_bits,
-        max_drop=max_drop,
         retrain_epochs=retrain_epochs,
         finetune_epochs=finetune_epochs,
         strategy=strategy,
