@@ -1,4 +1,4 @@
-"""Test doubles for the learner and the study: a small hand-made network and an evaluator that computes a formula."""
+"""Test doubles for the learner and the study: a hand-made network, and an evaluator by formula."""
 
 import dataclasses
 from typing import Any
@@ -33,10 +33,20 @@ def problem(agent: str = "joint", **changes: Any) -> SearchProblem:
         Site("fc", "dense", "fc.weight", (10, 64), (1, 64), (1, 10)),
     ]
     sets = [
-        CoupledSet("stem", 32, ("stem",), (Cut("stem.weight", 0), Cut("conv1.weight", 1), Cut("down.weight", 1)), True),
+        CoupledSet(
+            "stem",
+            32,
+            ("stem",),
+            (Cut("stem.weight", 0), Cut("conv1.weight", 1), Cut("down.weight", 1)),
+            True,
+        ),
         CoupledSet("conv1", 64, ("conv1",), (Cut("conv1.weight", 0), Cut("conv2.weight", 1)), True),
         CoupledSet(
-            "conv2", 64, ("conv2", "down"), (Cut("conv2.weight", 0), Cut("down.weight", 0), Cut("fc.weight", 1)), True
+            "conv2",
+            64,
+            ("conv2", "down"),
+            (Cut("conv2.weight", 0), Cut("down.weight", 0), Cut("fc.weight", 1)),
+            True,
         ),
         CoupledSet("fc", 10, ("fc",), (Cut("fc.weight", 0),), False, "these are the network's outputs"),
     ]
@@ -57,7 +67,9 @@ class FormulaEvaluator:
             raise KeyboardInterrupt
         self.calls += 1
         kept = {name: policy[name].channels or 64 for name in policy.sites}
-        cost = sum(kept[n] / 64 * (policy[n].weight_bits + policy[n].activation_bits) / 64 for n in kept) / len(kept)
+        cost = sum(
+            kept[n] / 64 * (policy[n].weight_bits + policy[n].activation_bits) / 64 for n in kept
+        ) / len(kept)
         return EpisodeResult(0.5 + 0.4 * cost, cost * 0.01, cost, "measured", "seconds", {"macs": 1e6 * cost})
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,5 +77,3 @@ class FormulaEvaluator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls = state["calls"]
-
-

@@ -26,7 +26,7 @@ def kernels(number: int, seed: int = 0) -> list[Kernel]:
     for index in range(number):
         channels, size = 8 * int(rng.integers(1, 9)), int(rng.choice([7, 14, 28]))
         macs = channels * channels * 9 * size * size
-        features = {
+        features: dict[str, float] = {
             "macs": macs,
             "input_bytes": 4 * channels * size * size,
             "output_bytes": 4 * channels * size * size,

@@ -171,7 +171,7 @@ def test_no_global_random_state_is_used():
 def test_as_many_steps_as_transitions_after_the_warmup():
     agent = DDPGAgent(3, 1, warmup=2, seed=0)
     taken: list[int] = []
-    agent.learner.update = taken.append  # type: ignore[method-assign]
+    agent.learner.update = taken.append  # type: ignore[method-assign, assignment]
     play(agent, 0, 4, generator())
     assert taken == [4, 4, 4]
 

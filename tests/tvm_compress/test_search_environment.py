@@ -24,7 +24,8 @@ def play(env: CompressionEnv, actions) -> tuple[list[dict[str, float]], list[flo
     """Observations by name (the first included), rewards, and the last info."""
     names = list(SiteObservation.__dataclass_fields__)
     state, _ = env.reset()
-    seen, rewards, done, info = [state], [], False, {}
+    seen, rewards, done = [state], [], False
+    info: dict = {}
     for action in actions:
         assert not done
         state, reward, done, truncated, info = env.step(np.asarray(action, np.float32))
@@ -35,7 +36,9 @@ def play(env: CompressionEnv, actions) -> tuple[list[dict[str, float]], list[flo
     return [dict(zip(names, s.tolist(), strict=True)) for s in seen], rewards, info
 
 
-@pytest.mark.parametrize(("agent", "actions", "steps"), [("pruning", 1, 3), ("quantization", 2, 5), ("joint", 3, 5)])
+@pytest.mark.parametrize(
+    ("agent", "actions", "steps"), [("pruning", 1, 3), ("quantization", 2, 5), ("joint", 3, 5)]
+)
 def test_an_episode_has_a_step_per_decision_and_one_reward(agent, actions, steps):
     env = environment(problem(agent))
     assert env.action_space.shape == (actions,)
@@ -55,7 +58,8 @@ def test_other_sites_of_a_coupled_set_follow_its_first():
     actions = [[0.0, 0.3, 0.3], [0.5, 0.3, 0.3], [0.25, 0.3, 0.3], [0.9, 0.3, 0.3], [0.9, 0.3, 0.3]]
     seen, _, info = play(environment(network), actions)
     policy = info["policy"]
-    # stem: untouched; conv1: floor(0.5 * 64) + 1 = 33 -> 40; conv2: 49 -> 56; the later actions at down and fc do not count.
+    # stem: untouched; conv1: floor(0.5 * 64) + 1 = 33 -> 40; conv2: 49 -> 56; the later actions at down and
+    # fc do not count.
     assert [policy[n].channels for n in ("stem", "conv1", "conv2", "down", "fc")] == [None, 40, 56, 56, None]
     assert channels_after(network.sites, network.sets, policy)["fc"] == (56, 10)
     assert [s["decides_pruning"] for s in seen[:5]] == [1, 1, 1, 0, 0]
@@ -128,13 +132,17 @@ def test_depthwise_sites_lose_inputs_with_outputs():
 
 def test_nothing_to_prune_is_said():
     network = problem("pruning")
-    frozen = [type(g)(g.name, g.channels, g.producers, g.cuts, False, "a custom operator") for g in network.sets]
+    frozen = [
+        type(g)(g.name, g.channels, g.producers, g.cuts, False, "a custom operator") for g in network.sets
+    ]
     with pytest.raises(SettingError, match="custom operator"):
         environment(problem("pruning", sets=frozen))
 
 
 def test_observation_names_sensitivity_and_tolerance():
-    sensitivity = {"stem": {"weight": {2.0: 1e-1, 8.0: 1e-4}, "activation": {8.0: 1e-3}, "pruning": {0.5: 1e-2}}}
+    sensitivity = {
+        "stem": {"weight": {2.0: 1e-1, 8.0: 1e-4}, "activation": {8.0: 1e-3}, "pruning": {0.5: 1e-2}}
+    }
     tolerance = tolerance_statistics({"stem": np.array([1e-3, 1e-2, 1e-1])})
     env = environment(problem("joint", sensitivity=sensitivity, tolerance=tolerance))
     seen, _, _ = play(env, [[0.0] * 3] * 5)

@@ -20,7 +20,9 @@ SETTINGS = SearchSettings(agent="joint", episodes=8, warmup=3, seed=5)
 FACTS = {"model": "abc", "data": "def"}
 
 
-def search(path: Path, settings: SearchSettings = SETTINGS, fail_at: int | None = None, events=None) -> list[Trial]:
+def search(
+    path: Path, settings: SearchSettings = SETTINGS, fail_at: int | None = None, events=None
+) -> list[Trial]:
     network = problem(settings.agent)
     evaluator = FormulaEvaluator(network)
     evaluator.fail_at = fail_at
@@ -29,7 +31,9 @@ def search(path: Path, settings: SearchSettings = SETTINGS, fail_at: int | None 
         settings.strategy, SiteObservation.size(), len(network.actions), settings.warmup, settings.seed
     )
     with Study(path, settings, FACTS) as study:
-        trials = run_episodes(study, env, agent, evaluator, events.append if events is not None else lambda _: None)
+        trials = run_episodes(
+            study, env, agent, evaluator, events.append if events is not None else lambda _: None
+        )
     assert evaluator.calls == settings.episodes
     return trials
 

@@ -10,11 +10,25 @@ import numpy as np
 class Kernel(Protocol):
     """The part of `schedules.apply.KernelInfo` that the latency model needs."""
 
-    name: str
-    kind: str
-    count: int
-    key: str
-    features: dict[str, float]
+    @property
+    def kind(self) -> str:
+        """Operator and scheme, such as "conv2d_int8"; "elementwise" for all that is no site."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Calls in the network."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Identifies the kernel across networks."""
+        ...
+
+    @property
+    def features(self) -> dict[str, float]:
+        """Numbers by name."""
+        ...
 
 
 # Kinds of kernels that have a column each; all others share "other".
@@ -84,9 +98,9 @@ def kernel_vector(kernel: Kernel) -> np.ndarray:
 def analytic_cost(kernel: Kernel) -> float:
     """Rough work of a kernel in arbitrary units: computing plus moving, never 0.
 
-    Multiply-accumulates count as fp32 ones, 2 in the time of 4 bytes; INT8 twice, and bit-serial `85 / (bits x bits) / 4`
-    times as dense: the limits of a NEON core without dot products. Only ratios between kernels matter, the
-    model learns the scale.
+    Multiply-accumulates count as fp32 ones, 2 in the time of 4 bytes; INT8 twice, and bit-serial `85 / (bits
+    x bits) / 4` times as dense: the limits of a NEON core without dot products. Only ratios between kernels
+    matter, the model learns the scale.
     """
     found = kernel.features
     macs = found.get("macs", 0.0)

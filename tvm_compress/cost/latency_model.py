@@ -1,8 +1,9 @@
 """A latency model: xgboost on the logarithm of each kernel's time, summed up over a network and calibrated.
 
-The model predicts how far a kernel is from an analytic bound (`features.analytic_cost`), so that a shape unlike all that were
-measured still gets the right order of magnitude. With too few measured kernels it is the bound alone, scaled to them, and
-says so (`trained` is False). One thread and a seed: the same rows give the same model.
+The model predicts how far a kernel is from an analytic bound (`features.analytic_cost`), so that a shape
+unlike all that were measured still gets the right order of magnitude. With too few measured kernels it is the
+bound alone, scaled to them, and says so (`trained` is False). One thread and a seed: the same rows give the
+same model.
 """
 
 import json
@@ -94,7 +95,7 @@ class LatencyModel:
         return self
 
     def calibrate(self, predicted: Sequence[float], measured: Sequence[float]) -> None:
-        """Let whole networks correct the sum of their kernels (calls, copies): by the median of measured / predicted."""
+        """Let whole networks correct the sum of their kernels: by the median of measured / predicted."""
         ratios = [m / p for p, m in zip(predicted, measured, strict=True) if p > 0 and m > 0]
         self.calibration = float(np.median(ratios)) if ratios else 1.0
 
@@ -109,7 +110,7 @@ class LatencyModel:
         return [float(v) for v in bounds * np.exp(self._booster.predict(xgboost.DMatrix(vectors)))]
 
     def sum_kernels(self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None) -> float:
-        """Time of all calls of a network's kernels; those in `known` (by key) count with their measured time."""
+        """Time of all calls of a network's kernels; those in `known` (by key) count as measured."""
         known = known or {}
         predicted = self.predict_kernels(kernels)
         return sum(known.get(k.key, p) * k.count for k, p in zip(kernels, predicted, strict=True))
@@ -151,7 +152,9 @@ class LatencyModel:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError(f"The latency model {path} cannot be read: {error!r}.", hint) from error
         if version != VERSION or features != list(FEATURE_NAMES):
-            raise StudyError(f"The latency model {path} is of another version ({version!r}) of this tool.", hint)
+            raise StudyError(
+                f"The latency model {path} is of another version ({version!r}) of this tool.", hint
+            )
         model = cls(values["unit"], values["seed"], values["provenance"], values["rows"], values["scale"])
         model.calibration = values["calibration"]
         if values["booster"] is not None:

@@ -96,7 +96,8 @@ class DDPGAgent:
         """Store the transitions and, from the end of the warm-up on, take as many gradient steps."""
         for index, transition in enumerate(transitions):
             last = index + 1 == len(transitions)
-            # A terminal transition has no next observation; its own stands in and is masked out of the target.
+            # A terminal transition has no next observation; its own stands in and is masked out of the
+            # target.
             following = transition if last else transitions[index + 1]
             self.learner.buffer.add(
                 transition.observation, transition.action, reward, following.observation, last
@@ -181,4 +182,6 @@ def make_agent(strategy: str, state_size: int, action_size: int, warmup: int, se
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    return [int(value) for value in np.random.SeedSequence(seed).generate_state(count, np.uint64) >> np.uint64(1)]
+    return [
+        int(value) for value in np.random.SeedSequence(seed).generate_state(count, np.uint64) >> np.uint64(1)
+    ]

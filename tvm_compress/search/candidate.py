@@ -74,7 +74,7 @@ class Compressor:
         return resolve_kept(self.module, policy, self._scores)
 
     def prune(self, policy: CompressionPolicy) -> tvm.IRModule:
-        """Module without the channels that the policy removes, batch-norm statistics re-estimated; float stage."""
+        """Float module without the channels that the policy removes, batch-norm statistics re-estimated."""
         if all(site.channels is None for site in policy.sites.values()):
             return self.module
         twin = Twin(compress(self.module, pruning_part(policy), scores=self._scores))
@@ -118,13 +118,14 @@ class Compressor:
 
 def realize(module: tvm.IRModule) -> tvm.IRModule:
     """Integer module of a QDQ module; a float one is its own."""
-    return RealizeInteger()(module) if get_stage(module) == "qdq" else module
+    return tvm.ir.transform.Sequential([RealizeInteger()])(module) if get_stage(module) == "qdq" else module
 
 
 def pruning_part(policy: CompressionPolicy) -> CompressionPolicy:
     """Policy without its bits."""
     sites = {
-        name: replace(site, scheme="fp32", weight_bits=32, activation_bits=32) for name, site in policy.sites.items()
+        name: replace(site, scheme="fp32", weight_bits=32, activation_bits=32)
+        for name, site in policy.sites.items()
     }
     return replace(policy, sites=sites)
 

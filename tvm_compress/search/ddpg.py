@@ -2,14 +2,15 @@
 
 Differences from the paper ("Proposed Agents") and from its authors' published tool:
 
-- The last step of an episode is terminal: its target is the reward alone. (In the published tool the last state
-  bootstraps into itself.)
+- The last step of an episode is terminal: its target is the reward alone. (In the published tool the last
+  state bootstraps into itself.)
 - As many gradient steps are taken per episode as transitions were added; the published tool takes one.
-- The reward baseline is a moving average of the means of the sampled batches, factor 0.5 as in the published tool;
-  the paper gives none. Rewards are also divided by a moving deviation, since with beta = -3 they span two decades
-  between the first policies and the last.
+- The reward baseline is a moving average of the means of the sampled batches, factor 0.5 as in the published
+  tool; the paper gives none. Rewards are also divided by a moving deviation, since with beta = -3 they span
+  two decades between the first policies and the last.
 - Standardised states are clipped to [-5, 5]: a feature that hardly varied so far would otherwise explode.
-- The actor's last layer starts with small weights (Lillicrap et al., section 7), so that all actions start at 0.5.
+- The actor's last layer starts with small weights (Lillicrap et al., section 7), so that all actions start at
+  0.5.
 """
 
 import copy
@@ -43,7 +44,7 @@ class DDPGSettings:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread: layers this small gain nothing from more, and sums come out the same on any machine."""
+    """Compute with one thread: small layers gain nothing from more, and sums come out the same anywhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -63,7 +64,9 @@ def _linear(inputs: int, outputs: int, bound: float, generator: torch.Generator)
 class Actor(nn.Module):
     """Observations [B, S] -> actions [B, A] in (0, 1)."""
 
-    def __init__(self, state_size: int, action_size: int, hidden: tuple[int, int], generator: torch.Generator) -> None:
+    def __init__(
+        self, state_size: int, action_size: int, hidden: tuple[int, int], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.first = _linear(state_size, hidden[0], state_size**-0.5, generator)
         self.second = _linear(hidden[0], hidden[1], hidden[0] ** -0.5, generator)
@@ -78,7 +81,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Observations [B, S] and actions [B, A] -> values [B]."""
 
-    def __init__(self, state_size: int, action_size: int, hidden: tuple[int, int], generator: torch.Generator) -> None:
+    def __init__(
+        self, state_size: int, action_size: int, hidden: tuple[int, int], generator: torch.Generator
+    ) -> None:
         super().__init__()
         inputs = state_size + action_size
         self.first = _linear(inputs, hidden[0], inputs**-0.5, generator)
@@ -102,7 +107,9 @@ class DDPG:
         Of everything random here: initial weights and the batches drawn. No global random state is used.
     """
 
-    def __init__(self, state_size: int, action_size: int, seed: int, settings: DDPGSettings | None = None) -> None:
+    def __init__(
+        self, state_size: int, action_size: int, seed: int, settings: DDPGSettings | None = None
+    ) -> None:
         self.settings = settings or DDPGSettings()
         self.generator = torch.Generator().manual_seed(seed)
         hidden = self.settings.hidden
@@ -113,7 +120,10 @@ class DDPG:
         betas = self.settings.betas
         self._actor_optimizer = torch.optim.Adam(self.actor.parameters(), self.settings.actor_rate, betas)
         self._critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), self.settings.critic_rate, betas, weight_decay=self.settings.critic_weight_decay
+            self.critic.parameters(),
+            self.settings.critic_rate,
+            betas,
+            weight_decay=self.settings.critic_weight_decay,
         )
         self.buffer = ReplayBuffer(self.settings.buffer_size, state_size, action_size)
         self.states = RunningStandardizer(state_size)
@@ -135,7 +145,7 @@ class DDPG:
                 self._step(self.buffer.sample(self.settings.batch_size, self.generator))
 
     def targets(self, batch: Batch) -> torch.Tensor:
-        """Right sides of the Bellman equation, [B]: a terminal transition is worth its reward and nothing more."""
+        """Right sides of the Bellman equation, [B]: a terminal transition is worth its reward alone."""
         with torch.no_grad():
             following = self.states.apply(batch.next_observations)
             values = self._target_critic(following, self._target_actor(following))

@@ -1,4 +1,4 @@
-"""From continuous actions in [0, 1] to channel counts, bit widths and schemes (search paper, equations 4 and 8)."""
+"""From actions in [0, 1] to channel counts, bit widths and schemes (search paper, equations 4 and 8)."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ INT8_THRESHOLD = 0.2
 
 
 def discretize(ratio: float, reference: int) -> int:
-    """Map a compression ratio to a count in [1, reference]: `min(reference, floor((1 - ratio) * reference) + 1)`.
+    """Map a compression ratio to a count in [1, reference].
 
+    `min(reference, floor((1 - ratio) * reference) + 1)`: the reference itself at 0, 1 at 1.
     The printed equation 4 lacks the minimum and gives reference + 1 at ratio 0.
     """
     return min(reference, math.floor((1.0 - ratio) * reference) + 1)

@@ -15,7 +15,7 @@ _LARGEST = 1e6
 
 
 def reward_of(result: EpisodeResult, budget: float, beta: float) -> float:
-    """Reward of a policy: `accuracy + beta * |ratio / budget - 1|` (search paper, equation 6; beta is negative)."""
+    """Reward of a policy: `accuracy + beta * |ratio / budget - 1|`, beta < 0 (search paper, equation 6)."""
     return result.accuracy + beta * abs(result.ratio / budget - 1.0)
 
 
@@ -24,8 +24,9 @@ class CompressionEnv(gymnasium.Env):
 
     Observations are `SiteObservation` vectors, float32 [S]; actions float32 [A] in [0, 1], A = 1 (pruning), 2
     (quantization: activation, weight) or 3 (joint: pruning, activation, weight). A pruning action counts at
-    the first site of a prunable coupled set; its other sites follow. Rewards are 0 but for the last step's; whoever
-    learns gives that one to every step, as the paper does. The last step's `info` holds "policy" and "result".
+    the first site of a prunable coupled set; its other sites follow. Rewards are 0 but for the last step's;
+    whoever learns gives that one to every step, as the paper does. The last step's `info` holds "policy" and
+    "result".
 
     Parameters
     ----------
@@ -42,7 +43,12 @@ class CompressionEnv(gymnasium.Env):
     metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(
-        self, problem: SearchProblem, evaluator: Evaluator, budget: float, beta: float = -3.0, found_by: str = "search"
+        self,
+        problem: SearchProblem,
+        evaluator: Evaluator,
+        budget: float,
+        beta: float = -3.0,
+        found_by: str = "search",
     ) -> None:
         self.problem = problem
         self._evaluator = evaluator
@@ -70,7 +76,9 @@ class CompressionEnv(gymnasium.Env):
         self._start()
         return self._observe(), {}
 
-    def step(self, action: Sequence[float] | np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: Sequence[float] | np.ndarray
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Decide the next site."""
         assert self._step < len(self._sites), "reset() begins the next episode"
         site = self._sites[self._step]

@@ -33,8 +33,8 @@ class LatencySource(Protocol):
 class CompressionEvaluator:
     """Applies a policy and measures what comes of it; a policy seen before is answered from memory.
 
-    Accuracy is that of the integer module, the integers that the artifact computes, on validation images; the test
-    images are not at hand here. The default does not train (see `SearchSettings.retrain_epochs`).
+    Accuracy is that of the integer module, the integers that the artifact computes, on validation images; the
+    test images are not at hand here. The default does not train (see `SearchSettings.retrain_epochs`).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Latency of candidates: measured beside the dense model, or predicted from kernels and measured when it matters."""
+"""Latency of candidates: measured beside the dense model, or predicted and measured when it matters."""
 
 import hashlib
 import json
@@ -57,8 +57,8 @@ def structure_key(policy: CompressionPolicy, model: str, where: str) -> str:
 class LatencyMeter:
     """Measures modules on a device, each interleaved with the dense model, so that drift cancels.
 
-    A context manager; the session with the device is opened when it is first needed. What was measured before, by
-    key, comes from the store.
+    A context manager; the session with the device is opened when it is first needed. What was measured
+    before, by key, comes from the store.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class LatencyMeter:
         return self._stored(key)
 
     def measure(self, compiled: Compiled, key: str) -> LatencyResult:
-        """Latency of a built module: its ratio to the dense one beside it, times T_0. A failure is in its `error`.
+        """Latency of a built module: its ratio to the dense one beside it, times T_0; or a failure.
 
         Raises
         ------
@@ -172,16 +172,24 @@ class LatencyMeter:
         return result
 
     def time_kernels(self, library: Path, kernels: Sequence[KernelInfo]) -> dict[str, LatencyResult]:
-        """Latency of one call of each kernel of a library, by key; those in the store are not measured again."""
-        found = {k.key: r for k in kernels if (r := self._stored(_kernel_key(k), self._kernel_settings)) is not None}
+        """Latency of one call of each kernel of a library, by key; from the store where it has them."""
+        found = {
+            k.key: r
+            for k in kernels
+            if (r := self._stored(_kernel_key(k), self._kernel_settings)) is not None
+        }
         missing = {k.name: k for k in kernels if k.key not in found}
         if missing:
             with self.device.open(self._kernel_settings) as session:
-                timed = session.time_kernels(library, {name: argument_specs(k) for name, k in missing.items()})
+                timed = session.time_kernels(
+                    library, {name: argument_specs(k) for name, k in missing.items()}
+                )
             for name, result in timed.items():
                 if result.ok:
                     found[missing[name].key] = result
-                    self._put(_kernel_key(missing[name]), result, {"what": "kernel", "kind": missing[name].kind})
+                    self._put(
+                        _kernel_key(missing[name]), result, {"what": "kernel", "kind": missing[name].kind}
+                    )
         return found
 
     def _open(self) -> Session:
@@ -243,9 +251,9 @@ def _measured(result: LatencyResult, dense: LatencyResult) -> Latency:
 class HybridLatency:
     """Predicts policies from their kernels, and measures those that matter.
 
-    Measured are the first episodes, every n-th, and each policy that by its prediction would be the best so far or stand on
-    the Pareto set. What is measured gives the time of every kernel in it; known kernels count with their own
-    time, others as the model predicts, and the model is fitted again.
+    Measured are the first episodes, every n-th, and each policy that by its prediction would be the best so
+    far or stand on the Pareto set. What is measured gives the time of every kernel in it; known kernels count
+    with their own time, others as the model predicts, and the model is fitted again.
     """
 
     def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
@@ -261,15 +269,13 @@ class HybridLatency:
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """Latency of an integer (or float) module with the structure `key`."""
         dense = self._meter.dense
-        found = self._meter.measured(key)
-        if found is not None and episode >= self._settings.measure_first:
-            latency = _measured(found, dense)
-        else:
-            kernels = kernel_infos(lower(module, self._meter.target), self._meter.target)
-            predicted = self.model.predict(kernels, {k: row.value for k, row in self._rows.items()})
-            latency = Latency(predicted, predicted / dense.value, PREDICTED)
-            if self._worth_measuring(episode, accuracy, latency.ratio):
-                latency = self._measure(module, key, dense)
+        # Not straight from the store: an episode that is done again after an interruption must learn the same
+        # from it.
+        kernels = kernel_infos(lower(module, self._meter.target), self._meter.target)
+        predicted = self.model.predict(kernels, {k: row.value for k, row in self._rows.items()})
+        latency = Latency(predicted, predicted / dense.value, PREDICTED)
+        if self._worth_measuring(episode, accuracy, latency.ratio):
+            latency = self._measure(module, key, dense)
         self._points.append((accuracy, latency.ratio))
         return latency
 
@@ -319,11 +325,18 @@ class HybridLatency:
     def state_dict(self) -> dict[str, Any]:
         """Kernels, networks and points so far, as plain values."""
         rows = {key: [list(row.vector), row.bound, row.value] for key, row in self._rows.items()}
-        return {"rows": rows, "networks": [[c, v] for c, v in self._networks], "points": [list(p) for p in self._points]}
+        return {
+            "rows": rows,
+            "networks": [[c, v] for c, v in self._networks],
+            "points": [list(p) for p in self._points],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values and fit the model to them."""
-        self._rows = {key: KernelRow(tuple(vector), bound, value) for key, (vector, bound, value) in state["rows"].items()}
+        self._rows = {
+            key: KernelRow(tuple(vector), bound, value)
+            for key, (vector, bound, value) in state["rows"].items()
+        }
         self._networks = [(dict(calls), value) for calls, value in state["networks"]]
         self._points = [(accuracy, ratio) for accuracy, ratio in state["points"]]
         if self._rows:

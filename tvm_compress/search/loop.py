@@ -16,7 +16,8 @@ def run_episode(env: CompressionEnv, agent: Agent, episode: int) -> Trial:
     begin = time.perf_counter()
     state, _ = env.reset(options={"episode": episode})
     transitions: list[Transition] = []
-    reward, done, info = 0.0, False, {}
+    reward, done = 0.0, False
+    info: dict[str, Any] = {}
     while not done:
         observation = torch.from_numpy(state)
         action = agent.act(observation, episode)

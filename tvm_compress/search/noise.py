@@ -1,4 +1,4 @@
-"""Exploration: truncated normal noise that decays (search paper, equation 7), and the actions of the warm-up."""
+"""Exploration: truncated normal noise that decays (search paper, equation 7), and the warm-up's levels."""
 
 import math
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class NoiseSchedule:
 def warmup_levels(episodes: int, actions: int, generator: torch.Generator) -> torch.Tensor:
     """Mean action of each warm-up episode, shape [episodes, actions]: a Latin hypercube over [0, 1].
 
-    Actions that are independent at every site average out: all such policies compress about alike, and the agent
-    sees nothing of light and strong compression. So each warm-up episode has a level of its own per action,
-    around which its sites vary.
+    Actions that are independent at every site average out: all such policies compress about alike, and the
+    agent sees nothing of light and strong compression. So each warm-up episode has a level of its own per
+    action, around which its sites vary.
     """
     columns = []
     for _ in range(actions):

@@ -4,7 +4,7 @@ import torch
 
 
 class RunningStandardizer:
-    """Centres and scales observations [.., S] by the mean and deviation of all that were seen (Welford, in float64)."""
+    """Centres and scales observations [.., S] by mean and deviation of all seen (Welford, float64)."""
 
     def __init__(self, size: int, clip: float = 5.0) -> None:
         self._count = 0

@@ -1,7 +1,7 @@
 """What the agent sees of a site, as named numbers.
 
-The three agents see the same fields. One that says nothing to an agent (such as the previous bit widths to the pruning agent) never varies,
-and the standardisation turns it to 0.
+The three agents see the same fields. One that says nothing to an agent (such as the previous bit widths to
+the pruning agent) never varies, and the standardisation turns it to 0.
 """
 
 import math
@@ -141,7 +141,7 @@ def _omegas(sensitivity: Mapping[str, Mapping[float, float]]) -> dict[str, float
 
 
 def _at(table: Mapping[float, float], key: float) -> float:
-    """Log10 of the divergence at the entry nearest to `key`; that of no divergence where nothing was measured."""
+    """Log10 of the divergence at the entry nearest to `key`; as if there were none in an empty table."""
     if not table:
         return math.log10(_LEAST_OMEGA)
     nearest = min(table, key=lambda other: (abs(float(other) - key), other))
@@ -149,7 +149,7 @@ def _at(table: Mapping[float, float], key: float) -> float:
 
 
 def tolerance_statistics(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Statistics of channel scores by coupled set: log10 of mean and lower decile, and the spread between deciles."""
+    """Statistics of log10 channel scores by coupled set: mean, lower decile, spread between deciles."""
     found = {}
     for name, values in scores.items():
         logs = np.log10(np.maximum(np.asarray(values, np.float64), 1e-12))

@@ -1,4 +1,4 @@
-"""What is decided and within which rules: sites, coupled sets, legality; and the policy as far as it is decided."""
+"""What is decided within which rules (sites, coupled sets, legality), and the policy so far."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

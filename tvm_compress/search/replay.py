@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions: observations [B, S], actions [B, A], rewards [B], next_observations [B, S], dones [B] (0 or 1)."""
+    """Transitions: (next_)observations [B, S], actions [B, A], rewards [B], dones [B] (0 or 1)."""
 
     observations: torch.Tensor
     actions: torch.Tensor
@@ -45,7 +45,7 @@ class ReplayBuffer:
         row = self._added % self._capacity
         values = (observation, action, reward, next_observation, float(done))
         for column, value in zip(self._columns.values(), values, strict=True):
-            column[row] = value
+            column[row] = torch.as_tensor(value)
         self._added += 1
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
@@ -56,7 +56,9 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, torch.Tensor | int]:
         """Everything needed to go on: the filled rows and how many were ever added."""
         filled = len(self)
-        return {name: column[:filled].clone() for name, column in self._columns.items()} | {"added": self._added}
+        return {name: column[:filled].clone() for name, column in self._columns.items()} | {
+            "added": self._added
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
         """Restore `state_dict`'s values."""

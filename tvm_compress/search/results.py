@@ -1,4 +1,4 @@
-"""The values that a search hands over: one episode's result, one trial of a study, and the outcome of it all."""
+"""The values that a search hands over: an episode's result, a trial of a study, and the outcome of it all."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ class EpisodeResult:
     accuracy
         Share of the validation images that the integer module gets right, in [0, 1].
     latency
-        Latency of one inference in `unit`, corrected for drift: its ratio to the dense model in the same session,
-        times the dense model's reference latency.
+        Latency of one inference in `unit`, corrected for drift: its ratio to the dense model in the same
+        session, times the dense model's reference latency.
     ratio
         Latency over the dense model's, under the same schedules and threads.
     latency_kind
@@ -89,7 +89,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Refined:
-    """A policy after fine-tuning: its modules, ready to be built, and what they reach on the validation set."""
+    """A policy after fine-tuning: its modules, ready to be built, and what they reach in validation."""
 
     episode: int
     policy: CompressionPolicy
@@ -103,8 +103,9 @@ class Refined:
 class SearchResult:
     """Outcome of a search: plain data for the artifact, the report and the command line.
 
-    `best` is the refined policy to deploy; `refined` holds all that were fine-tuned; `pareto` the trials that no other
-    trial beats in both accuracy and latency, fastest first; `best_trial` the trial with the highest reward.
+    `best` is the refined policy to deploy; `refined` holds all that were fine-tuned; `pareto` the trials that
+    no other trial beats in both accuracy and latency, fastest first; `best_trial` the trial with the highest
+    reward.
     """
 
     dense: EpisodeResult
@@ -121,7 +122,10 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a search is. `stage`: "dense", "tolerance", "sensitivity", "episode", "refine"; done of total steps."""
+    """How far a search is: steps done of all in a stage.
+
+    Stages: "tolerance", "sensitivity", "dense", "refine", and "episode" with the trial and the best.
+    """
 
     stage: str
     done: int

@@ -1,15 +1,265 @@
 """The search from end to end: dense reference, analysis, episodes, refinement of the winners."""
 
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tvm_compress.data.dataset import Split
+import numpy as np
+import torch
+import tvm
+
+import tvm_compress
+from tvm_compress.data.dataset import Dataset, Split
+from tvm_compress.errors import DataError, ModelError
+from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
-from tvm_compress.search.results import Progress, SearchResult, no_progress
+from tvm_compress.passes.groups import find_coupled_sets
+from tvm_compress.passes.params import get_params, get_stage
+from tvm_compress.passes.policy import fingerprint
+from tvm_compress.passes.sites import find_sites
+from tvm_compress.rpc.device import open_device
+from tvm_compress.rpc.store import MeasurementStore
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search import sensitivity as sensitivity_analysis
+from tvm_compress.search.agents import make_agent
+from tvm_compress.search.candidate import Compressor, Training
+from tvm_compress.search.environment import CompressionEnv
+from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
+from tvm_compress.search.latency import HybridLatency, LatencyMeter, MeasuredLatency
+from tvm_compress.search.loop import run_episodes
+from tvm_compress.search.observation import SiteObservation, tolerance_statistics
+from tvm_compress.search.problem import SearchProblem
+from tvm_compress.search.refine import best_refined, choose, refine
+from tvm_compress.search.results import (
+    MEASURED,
+    EpisodeResult,
+    Progress,
+    ProgressEvent,
+    Refined,
+    SearchResult,
+    Trial,
+    best_of,
+    no_progress,
+    pareto_front,
+)
+from tvm_compress.search.sensitivity import Sensitivity
 from tvm_compress.search.settings import SearchSettings
+from tvm_compress.search.study import Study
+from tvm_compress.tolerance.channels import channel_scores
+from tvm_compress.twin import Twin
 
 
 def run_search(
     model: Model, split: Split, settings: SearchSettings, study_dir: Path, progress: Progress = no_progress
 ) -> SearchResult:
-    """Search a policy for a model, or go on with the study that stands in `study_dir`."""
-    raise NotImplementedError
+    """Search a policy for a model, or go on with the study that stands in `study_dir`.
+
+    Parameters
+    ----------
+    model
+        Dense, at the stage float.
+    split
+        Train and validation images are used; the test images are not looked at.
+    study_dir
+        Directory of the study, see `study`.
+
+    Raises
+    ------
+    StudyError
+        If the directory holds a study with other settings, or a damaged one.
+    ModelError, DataError, SettingError, TargetError, DeviceError
+        Whatever does not fit.
+    """
+    if get_stage(model.module) != "float":
+        raise ModelError(
+            "The model is compressed already.", "Search with the dense model that it was made from."
+        )
+    for name, part in (("training", split.train), ("validation", split.validation)):
+        if not len(part):
+            raise DataError(f"There are no {name} images.", "A search needs training and validation images.")
+    with Study(study_dir, settings, _facts(model, split)) as study:
+        return _Search(model, split, study, progress).run()
+
+
+def _facts(model: Model, split: Split) -> dict[str, str]:
+    """What must not change within a study besides the settings."""
+    parameters = hashlib.sha256()
+    for name, value in get_params(model.module).items():
+        parameters.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    data = hashlib.sha256()
+    for part in (split.train, split.validation):
+        data.update(np.ascontiguousarray(part.x).tobytes() + part.y.tobytes())
+    return {
+        "model": fingerprint(find_sites(model.module)),
+        "parameters": parameters.hexdigest()[:16],
+        "data": data.hexdigest()[:16],
+        "tvm": tvm.__version__,
+        "torch": torch.__version__,
+        "tvm_compress": tvm_compress.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images that the steps of a search see, drawn once from the seed."""
+
+    calibration: Dataset
+    sensitivity: Dataset
+    validation: Dataset
+    retraining: Dataset
+
+    @classmethod
+    def draw(cls, split: Split, settings: SearchSettings) -> "_Images":
+        def some(data: Dataset, count: int, stream: int) -> Dataset:
+            return data.subset(count, np.random.default_rng([settings.seed, stream])) if count else data
+
+        return cls(
+            some(split.train, settings.calibration_images, 0),
+            some(split.train, settings.sensitivity_images, 1),
+            some(split.validation, settings.validation_images, 2),
+            some(split.train, settings.retrain_images, 3),
+        )
+
+
+class _Search:
+    """One run over an open study."""
+
+    def __init__(self, model: Model, split: Split, study: Study, progress: Progress) -> None:
+        self.model, self.split, self.study, self.progress = model, split, study, progress
+        self.settings = study.settings
+        self.images = _Images.draw(split, self.settings)
+        self.validation = self.images.validation.normalized()
+        self.fingerprint = fingerprint(find_sites(model.module))
+        self.target = parse_target(self.settings.build_target)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> SearchResult:
+        """Do what the study lacks and hand over everything."""
+        settings = self.settings
+        problem, compressor = self._analyse()
+        device = open_device(settings.device, settings.threads)
+        store = MeasurementStore(self.study.measurements)
+        meter = LatencyMeter(device, self.target, store, self.model.input_spec.shape, settings.threads)
+        with meter:
+            with self._timed("dense"):
+                dense = self._dense(meter)
+            source = (
+                HybridLatency(meter, settings) if settings.latency == "hybrid" else MeasuredLatency(meter)
+            )
+            with self._timed("episodes"):
+                trials = self._episodes(problem, self._evaluator(compressor, source, meter))
+            with self._timed("refinement"):
+                refined = self._refine(trials, compressor, meter)
+            if isinstance(source, HybridLatency):
+                source.model.save(self.study.path / "latency_model.json")
+        best_trial = best_of(trials)
+        assert best_trial is not None
+        best = best_refined(refined, settings.budget)
+        return SearchResult(
+            dense=dense,
+            best=best,
+            refined=refined,
+            best_trial=best_trial,
+            pareto=pareto_front(trials),
+            trials=trials,
+            sensitivity=sensitivity_analysis.labelled(problem.sensitivity),
+            settings=settings.to_dict(),
+            path=self.study.path,
+            seconds=self.seconds,
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - begin, 3)
+
+    def _tell(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(ProgressEvent(stage, done, total))
+
+    def _analyse(self) -> tuple[SearchProblem, Compressor]:
+        """Sites, coupled sets, channel scores and sensitivity."""
+        settings, module = self.settings, self.model.module
+        rules = rules_for(self.target)
+        problem = SearchProblem(
+            sites=find_sites(module),
+            sets=find_coupled_sets(module),
+            agent=settings.agent,
+            bitserial_rule=rules.bitserial_legal,
+            rounding=settings.rounding,
+            max_bits=settings.max_bits,
+            target=settings.build_target,
+            criterion=settings.criterion,
+            seed=settings.seed,
+            model=self.fingerprint,
+        )
+        problem.decision_sites()  # raises at once if there is nothing to decide
+        calibration = self.images.calibration
+        x = calibration.normalized()
+        with self._timed("tolerance"):
+            self._tell("tolerance")(0, 1)
+            scores = channel_scores(module, x, calibration.y, criterion=settings.criterion)
+            self._tell("tolerance")(1, 1)
+        compressor = Compressor(module, x, scores)
+        with self._timed("sensitivity"):
+            sensitivity = self._sensitivity(problem, compressor)
+        return replace(problem, sensitivity=sensitivity, tolerance=tolerance_statistics(scores)), compressor
+
+    def _sensitivity(self, problem: SearchProblem, compressor: Compressor) -> Sensitivity:
+        name = "sensitivity.json"
+        stored = self.study.read_json(name)
+        if stored is not None:
+            return sensitivity_analysis.from_json(stored)
+        x = self.images.sensitivity.normalized()
+        found = sensitivity_analysis.analyse(problem, compressor, x, self._tell("sensitivity"))
+        self.study.write_json(name, sensitivity_analysis.to_json(found))
+        return found
+
+    def _dense(self, meter: LatencyMeter) -> EpisodeResult:
+        self._tell("dense")(0, 1)
+        module = self.model.module
+        key = hashlib.sha256(json.dumps(["dense", self.fingerprint, meter.where]).encode()).hexdigest()[:32]
+        latency = meter.set_dense(module, key)
+        accuracy = Twin(module).accuracy(self.validation, self.images.validation.y)
+        self._tell("dense")(1, 1)
+        return EpisodeResult(accuracy, latency.value, 1.0, MEASURED, latency.unit, metrics(module))
+
+    def _evaluator(
+        self, compressor: Compressor, source: LatencySource, meter: LatencyMeter
+    ) -> CompressionEvaluator:
+        settings = self.settings
+        training = Training(
+            self.images.retraining, settings.retrain_epochs, settings.finetune_lr, settings.seed
+        )
+        return CompressionEvaluator(
+            compressor,
+            source,
+            self.validation,
+            self.images.validation.y,
+            self.fingerprint,
+            meter.where,
+            meter.device.unit,
+            training if settings.retrain_epochs else None,
+        )
+
+    def _episodes(self, problem: SearchProblem, evaluator: CompressionEvaluator) -> list[Trial]:
+        settings = self.settings
+        found_by = f"{settings.strategy} {settings.agent}, seed {settings.seed}, budget {settings.budget:g}"
+        env = CompressionEnv(problem, evaluator, settings.budget, settings.beta, found_by)
+        agent = make_agent(
+            settings.strategy, SiteObservation.size(), len(problem.actions), settings.warmup, settings.seed
+        )
+        return run_episodes(self.study, env, agent, evaluator, self.progress)
+
+    def _refine(self, trials: list[Trial], compressor: Compressor, meter: LatencyMeter) -> list[Refined]:
+        def tell(done: int, total: int, text: str) -> None:
+            self.progress(ProgressEvent("refine", done, total, text=text))
+
+        evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
+        return refine(
+            choose(trials, self.settings), compressor, evaluator, self.split.train, self.settings, tell
+        )

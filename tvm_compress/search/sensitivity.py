@@ -1,4 +1,4 @@
-"""Sensitivity analysis: how far the network's answers move when one site alone is compressed (search paper, equation 5)."""
+"""Sensitivity: how far the answers move when one site alone is compressed (search paper, equation 5)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,10 +43,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def variants(problem: SearchProblem) -> list[Variant]:
     """Single-site policies that the search could choose parts of, without repeats.
 
-    - Bit widths 1 to `max_bits` of weights and of activations, the other side at `max_bits`, where the target allows
-      bit-serial for the site as it is; and INT8, which counts for both sides.
-    - Up to 10 shares of channels removed, evenly spread, at the first site of each prunable coupled set; those that
-      round to the same number of channels are one.
+    - Bit widths 1 to `max_bits` of weights and of activations, the other side at `max_bits`, where the target
+      allows bit-serial for the site as it is; and INT8, which counts for both sides.
+    - Up to 10 shares of channels removed, evenly spread, at the first site of each prunable coupled set;
+      those that round to the same number of channels are one.
     """
     draft = PolicyDraft(problem)
     found: list[Variant] = []
@@ -102,8 +102,8 @@ def analyse(
 ) -> Sensitivity:
     """Divergence of each variant on images [N, C, H, W]; nothing in it is random.
 
-    Quantized variants are taken at the QDQ stage, pruned ones with batch-norm statistics re-estimated, as in an
-    episode. A site that no variant touches has an empty entry.
+    Quantized variants are taken at the QDQ stage, pruned ones with batch-norm statistics re-estimated, as in
+    an episode. A site that no variant touches has an empty entry.
     """
     todo = variants(problem)
     dense = _logits(compressor.module, x)
@@ -122,9 +122,13 @@ def _logits(module: tvm.IRModule, x: np.ndarray) -> np.ndarray:
     return Twin(module).predict(x)
 
 
-def labelled(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
+def labelled(sensitivity: Mapping[str, Mapping[str, Mapping[float, float]]]) -> dict[str, dict[str, float]]:
     """The same by site and a label for people, such as "weights 4 bit" or "channels -25 %"."""
-    words = {"weight": "weights {:g} bit", "activation": "activations {:g} bit", "pruning": "channels -{:.0%}"}
+    words = {
+        "weight": "weights {:g} bit",
+        "activation": "activations {:g} bit",
+        "pruning": "channels -{:.0%}",
+    }
     return {
         site: {
             words[method].format(key): value

@@ -52,11 +52,9 @@ class SearchSettings:
     calibration_images, validation_images, sensitivity_images
         How many images calibrate the ranges (and re-estimate batch norm), give the accuracy of an episode
         (0: the whole validation set), and give the sensitivities.
-    max_drop
-        How much validation accuracy a refined policy may lose before a slower one is preferred to it.
     finetune_epochs, finetune_lr, refine_top, refine_pareto
-        After the search: epochs and learning rate of the fine-tuning, and how many policies get it, by reward and of
-        the Pareto set.
+        After the search: epochs and learning rate of the fine-tuning, and how many policies get it, by reward
+        and of the Pareto set (see `refine.choose`).
     measure_first, measure_every
         In "hybrid": the first episodes and every n-th are measured, besides each new best one.
     """
@@ -78,9 +76,8 @@ class SearchSettings:
     retrain_epochs: int = 0
     retrain_images: int = 1024
     calibration_images: int = 256
-    validation_images: int = 0
+    validation_images: int = 512
     sensitivity_images: int = 128
-    max_drop: float = 0.015
     finetune_epochs: int = 6
     finetune_lr: float = 0.01
     refine_top: int = 1
@@ -94,15 +91,17 @@ class SearchSettings:
         _check_choice("latency", self.latency, LATENCY_MODES)
         _check_choice("criterion", self.criterion, CRITERIA)
         _check_choice("rounding", self.rounding, ROUNDINGS)
-        _check_number("budget", self.budget, 0.0, 1.0, open_low=True, hint="0.4 asks for 40 % of the dense latency.")
+        _check_number(
+            "budget", self.budget, 0.0, 1.0, open_low=True, hint="0.4 asks for 40 % of the dense latency."
+        )
         _check_number("beta", self.beta, -1e6, 0.0)
-        _check_number("max_drop", self.max_drop, 0.0, 1.0)
         _check_number("finetune_lr", self.finetune_lr, 0.0, 10.0, open_low=True)
         for name, low, high in _INTEGERS:
             _check_integer(name, getattr(self, name), low, high)
         if not self.target and self.device not in DEFAULT_TARGETS:
             raise SettingError(
-                f"No target is known for device '{self.device}'.", "Name one with --target, such as --target host."
+                f"No target is known for device '{self.device}'.",
+                "Name one with --target, such as --target host.",
             )
 
     @property
@@ -125,7 +124,9 @@ class SearchSettings:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise SettingError(f"Unknown search setting: {', '.join(unknown)}.", "Was it written by a newer version?")
+            raise SettingError(
+                f"Unknown search setting: {', '.join(unknown)}.", "Was it written by a newer version?"
+            )
         return cls(**values)
 
 

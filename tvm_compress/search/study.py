@@ -1,12 +1,13 @@
-"""A study: the directory in which a search stands, so that it can be killed at any moment and goes on to the same result.
+"""A study: the directory of a search, which can be killed at any moment and goes on to the same result.
 
 `study.json`         settings, fingerprints and versions; never changes but for the settings that may
 `trials.jsonl`       one line per episode, appended
-`checkpoint.pt`      agent, replay buffer, random states and the evaluator's state after the last finished episode
-`sensitivity.json`   the sensitivity analysis
+`checkpoint.pt`      agent, replay buffer, random states and the evaluator's state after the last finished
+episode `sensitivity.json`   the sensitivity analysis
 `measurements.sqlite` every latency that was measured
 
-An episode is finished when its checkpoint is written: a trial without one is dropped and done again, from the same state.
+An episode is finished when its checkpoint is written: a trial without one is dropped and done again, from the
+same state.
 """
 
 import json
@@ -37,7 +38,8 @@ class Study:
     settings
         Of the search.
     facts
-        What else must be the same when the study is resumed: fingerprints of the model and the data, versions.
+        What else must be the same when the study is resumed: fingerprints of the model and the data,
+        versions.
 
     Raises
     ------
@@ -45,7 +47,9 @@ class Study:
         If another process has the study open, it is damaged, or it was started with other settings.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: SearchSettings, facts: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], settings: SearchSettings, facts: Mapping[str, str]
+    ) -> None:
         self.path = Path(path)
         self.settings = settings
         self.path.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,8 @@ class Study:
         finished = int(self.checkpoint["episodes"]) if self.checkpoint else 0
         if len(trials) < finished:
             raise StudyError(
-                f"The study {self.path} lost trials: {len(trials)} of {finished} are in trials.jsonl.", _ANOTHER
+                f"The study {self.path} lost trials: {len(trials)} of {finished} are in trials.jsonl.",
+                _ANOTHER,
             )
         lines = [json.dumps(trial.to_dict(), allow_nan=False) + "\n" for trial in trials[:finished]]
         if (self.path / "trials.jsonl").exists():

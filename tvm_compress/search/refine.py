@@ -1,0 +1,92 @@
+"""After the search: fine-tune the winners, measure them again, and choose the one to deploy."""
+
+from collections.abc import Callable, Sequence
+
+from tvm_compress.data.dataset import Dataset
+from tvm_compress.search.candidate import Compressor, Training
+from tvm_compress.search.environment import reward_of
+from tvm_compress.search.evaluate import CompressionEvaluator
+from tvm_compress.search.results import Refined, Trial, pareto_front
+from tvm_compress.search.settings import SearchSettings
+
+# A latency that exceeds the budget by no more than this share still meets it: as close as a measurement is.
+BUDGET_TOLERANCE = 0.02
+
+
+def meets_budget(ratio: float, budget: float) -> bool:
+    """Whether a latency ratio keeps to the budget, a measurement's error allowed."""
+    return ratio <= budget * (1.0 + BUDGET_TOLERANCE)
+
+
+def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
+    """Trials that are worth fine-tuning: the highest rewards, then those of the Pareto set within the budget.
+
+    Of the Pareto set the most accurate come first; where none keeps to the budget, the fastest. Trials with
+    the same sites count once.
+    """
+    by_reward = sorted(trials, key=lambda t: (-t.reward, t.episode))
+    front = pareto_front(list(trials))
+    within = [t for t in reversed(front) if meets_budget(t.result.ratio, settings.budget)]
+    chosen: list[Trial] = []
+    for wanted, candidates in ((settings.refine_top, by_reward), (settings.refine_pareto, within or front)):
+        target = len(chosen) + wanted
+        for trial in candidates:
+            if len(chosen) == target:
+                break
+            if all(trial.policy.sites != other.policy.sites for other in chosen):
+                chosen.append(trial)
+    return chosen
+
+
+def refine(
+    trials: Sequence[Trial],
+    compressor: Compressor,
+    evaluator: CompressionEvaluator,
+    train: Dataset,
+    settings: SearchSettings,
+    progress: Callable[[int, int, str], None],
+) -> list[Refined]:
+    """Fine-tune each trial's policy and judge what comes of it.
+
+    Parameters
+    ----------
+    evaluator
+        One that measures latencies.
+    train
+        Training images with labels; the dense model is the teacher.
+    progress
+        Called with (steps done, steps in all, what is done).
+    """
+    epochs = settings.finetune_epochs
+    total = len(trials) * (epochs + 1)
+    found: list[Refined] = []
+    for index, trial in enumerate(trials):
+        begin = index * (epochs + 1)
+        text = f"episode {trial.episode}"
+
+        def tell(epoch: int, _: dict[str, float], begin: int = begin, text: str = text) -> None:
+            progress(min(begin + epoch + 1, total), total, f"{text}: fine-tuning")
+
+        training = Training(train, epochs, settings.finetune_lr, settings.seed, tell)
+        candidate = compressor.apply(trial.policy, training)
+        result = evaluator.judge(candidate, evaluator.key(trial.policy), trial.episode)
+        reward = reward_of(result, settings.budget, settings.beta)
+        found.append(
+            Refined(
+                trial.episode, candidate.policy, result, reward, candidate.module, candidate.integer_module
+            )
+        )
+        progress(begin + epochs + 1, total, text)
+    return found
+
+
+def best_refined(refined: Sequence[Refined], budget: float) -> Refined:
+    """Most accurate of those within the budget; where none is, the one with the highest reward.
+
+    The reward is not used within the budget: it would put a more accurate policy that is faster than asked
+    behind a less accurate one.
+    """
+    within = [r for r in refined if meets_budget(r.result.ratio, budget)]
+    if within:
+        return max(within, key=lambda r: (r.result.accuracy, -r.result.ratio))
+    return max(refined, key=lambda r: r.reward)
