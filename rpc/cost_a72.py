@@ -14,7 +14,7 @@ import re
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -25,8 +25,8 @@ import numpy as np
 from tvm_compress.errors import DeviceError
 from tvm_compress.rpc.elf import Code
 
-#: The part of each kernel's executed instructions that llvm-mca sees, the most executed blocks first: of each,
-#: so that a small kernel is judged alike alone and beside a large one.
+#: The part of each kernel's executed instructions that llvm-mca sees, the most executed blocks first: of
+#: each, so that a small kernel is judged alike alone and beside a large one.
 COVERAGE = 0.999
 #: Cycles per instruction of all other blocks.
 UNCOVERED_RATE = 1
@@ -216,12 +216,12 @@ class BlockModel:
         wanted = sorted(set(blocks))
         missing = [block for block in wanted if block not in self._known]
         if missing:
-            self._known |= self._stored(missing)
+            self._known |= self._read_stored(missing)
             missing = [block for block in missing if block not in self._known]
         if missing:
             new = self._compute(missing)
             self._known |= new
-            self._keep(new)
+            self._store(new)
         return {block: self._known[block] for block in wanted}
 
     def _open(self) -> sqlite3.Connection:
@@ -232,19 +232,25 @@ class BlockModel:
         )
         return connection
 
-    def _stored(self, blocks: Sequence[bytes]) -> dict[bytes, Fraction]:
+    def _read_stored(self, blocks: Sequence[bytes]) -> dict[bytes, Fraction]:
         query = "SELECT cycles, iterations FROM blocks WHERE words = ?"
         found = {}
-        with closing(self._open()) as connection:
-            for block in blocks:
-                row = connection.execute(query, (block,)).fetchone()
-                if row is not None:
-                    found[block] = Fraction(*row)
+        try:
+            with closing(self._open()) as connection:
+                for block in blocks:
+                    row = connection.execute(query, (block,)).fetchone()
+                    if row is not None:
+                        found[block] = Fraction(*row)
+        except sqlite3.OperationalError:
+            return {}  # in use for too long, or no room: what is stored only saves time
+        except sqlite3.DatabaseError:
+            self._path.unlink(missing_ok=True)
+            return {}
         return found
 
-    def _keep(self, new: dict[bytes, Fraction]) -> None:
+    def _store(self, new: dict[bytes, Fraction]) -> None:
         rows = [(block, cycles.numerator, cycles.denominator) for block, cycles in new.items()]
-        with closing(self._open()) as connection, connection:
+        with suppress(sqlite3.DatabaseError), closing(self._open()) as connection, connection:
             connection.executemany("INSERT OR IGNORE INTO blocks VALUES (?, ?, ?)", rows)
 
     def _compute(self, blocks: Sequence[bytes]) -> dict[bytes, Fraction]:

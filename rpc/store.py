@@ -110,7 +110,7 @@ class MeasurementStore:
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """All measurements in the order they came: key, device, result, provenance, measured_at (Unix time)."""
+        """All measurements in their order: key, device, result, provenance, measured_at (Unix time)."""
         query = "SELECT key, device, result, provenance, measured_at FROM measurements ORDER BY id"
         with self._connection() as connection:
             found = connection.execute(query).fetchall()
@@ -136,7 +136,7 @@ class MeasurementStore:
             connection = sqlite3.connect(self.path, timeout=_BUSY_LIMIT_S)
             with closing(connection), connection:
                 yield connection
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise StudyError(f"The measurements in {self.path} cannot be used: {error}.") from None
 
     def _prepare(self) -> None:
@@ -153,7 +153,7 @@ class MeasurementStore:
                 tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
                 if version != SCHEMA_VERSION and (version or tables):
                     raise StudyError(
-                        f"The measurements in {self.path} have schema version {version}, not {SCHEMA_VERSION}.",
+                        f"{self.path} holds measurements of schema version {version}, not {SCHEMA_VERSION}.",
                         "Use the release that wrote them, or another folder.",
                     )
                 connection.execute(_SCHEMA)

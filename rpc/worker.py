@@ -179,7 +179,11 @@ class Worker:
         def load() -> tvm.runtime.Module:
             return self.remote.get_function(loader)(name)
 
-        self.call(f"Sending {library.name}", limit, self.remote.upload, str(library), name)
+        try:
+            content = bytearray(library.read_bytes())
+        except OSError as error:
+            raise DeviceFailedError("build", f"{library} cannot be read: {error}.") from None
+        self.call(f"Sending {library.name}", limit, self.remote.upload, content, name)
         with as_build_error("Was it built for this device's target?"):
             return self.call(f"Loading {library.name}", limit, load), name
 
