@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import SBlockRV
@@ -69,7 +70,8 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
     def compute(x: te.Tensor, multiplier: te.Tensor) -> te.Tensor:
         def value(*i: Any) -> Any:
             rounded = rounded_product(x(*i), _per_channel(multiplier, i), shift)
-            clamped = clamp(rounded.astype("int32") if narrow else rounded, *bounds, zero_point)
+            wide = "int32" if narrow else "int64"
+            clamped = clamp(rounded.astype(wide), wide, *bounds, zero_point)
             return clamped.astype("int32").astype(dtype)
 
         return te.compute(x.shape, value, name="requantize")
@@ -77,14 +79,14 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
     return bb.call_te(compute, *call.args, primfunc_name_hint="requantize")
 
 
-def clamp(x: Any, low: int, high: int, offset: int) -> Any:
+def clamp(x: Any, dtype: str, low: int, high: int, offset: int) -> Any:
     """Return min(max(x, low), high) + offset, leaving out bounds that x's type implies and a zero offset."""
-    bits = {"int32": 31, "int64": 63}[str(x.dtype)]
-    if low > -(1 << bits):
-        x = tirx.max(x, tirx.const(low, x.dtype))
-    if high < (1 << bits) - 1:
-        x = tirx.min(x, tirx.const(high, x.dtype))
-    return x + tirx.const(offset, x.dtype) if offset else x
+    limit = np.iinfo(dtype)
+    if low > limit.min:
+        x = tirx.max(x, tirx.const(low, dtype))
+    if high < limit.max:
+        x = tirx.min(x, tirx.const(high, dtype))
+    return x + tirx.const(offset, dtype) if offset else x
 
 
 def rounded_product(x: Any, multiplier: Any, shift: int) -> Any:
