@@ -201,23 +201,23 @@ def run_forced(
     for var, value in bindings.items():
         if isinstance(value, relax.Call) and value.args[0] in weights:
             weights[var] = weights[value.args[0]]
-    sites = {
-        value.args[0]: site_name(weights[value.args[1]])
-        for value in bindings.values()
-        if isinstance(value, relax.Call) and value.op.name in ("relax.nn.conv2d", "relax.matmul")
-    }
+    sites: dict[relax.Var, list[str]] = {}
+    for value in bindings.values():
+        if isinstance(value, relax.Call) and value.op.name in ("relax.nn.conv2d", "relax.matmul"):
+            sites.setdefault(value.args[0], []).append(site_name(weights[value.args[1]]))
     params = get_params(qdq)
     differences: dict[str, int] = {}
     values: dict[relax.Var, np.ndarray] = {}
 
     def watch(var: relax.Var, value: np.ndarray) -> np.ndarray:
         values[var] = value
-        site = sites.get(var, "")
-        if site not in integers:
+        names = [name for name in sites.get(var, []) if name in integers]
+        if not names:
             return value
         call = bindings[var]
-        own, wanted = values[call.args[0]].astype(int), integers[site].astype(int)
-        differences[site] = int(np.abs(own - wanted).max())
+        own, wanted = values[call.args[0]].astype(int), integers[names[0]].astype(int)
+        for name in names:
+            differences[name] = int(np.abs(own - integers[name]).max())
         return dequantize(wanted, params[call.args[1].name], call.args[2].value.numpy(), call.attrs)
 
     return run(qdq, x, watch), differences
