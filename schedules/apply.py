@@ -77,7 +77,7 @@ def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     module = fold_transposed_weights(module)
     _check_sites(module)
     with target:
-        module = relax.transform.LegalizeOps(customize_legalize_map=_legalize_map(rules))(module)
+        module = _legalize(module, rules)
         module = tvm.ir.transform.Sequential(
             [
                 relax.transform.AnnotateTIROpPattern(),
@@ -91,6 +91,30 @@ def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
         for gv, func in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def _legalize(module: tvm.IRModule, rules: TargetRules) -> tvm.IRModule:
+    """Legalise all calls; what a legaliser refuses is raised as the KernelError that it is."""
+    refusals: list[KernelError] = []
+
+    def recorded(legalize: Callable) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
+        def attempt(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+            try:
+                return legalize(bb, call)
+            except KernelError as error:
+                refusals.append(error)
+                raise
+
+        return attempt
+
+    legalizers = {name: recorded(legalize) for name, legalize in _legalize_map(rules).items()}
+    try:
+        return relax.transform.LegalizeOps(customize_legalize_map=legalizers)(module)
+    except RuntimeError:
+        # TVM's call from C++ back to Python turns exceptions that it does not know into RuntimeError.
+        if refusals:
+            raise refusals[0] from None
+        raise
 
 
 def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Expr]]:
