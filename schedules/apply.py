@@ -154,7 +154,8 @@ def fold_transposed_weights(module: tvm.IRModule) -> tvm.IRModule:
     for gv, func in module.functions.items():
         if isinstance(func, relax.Function):
             folder.builder_.update_func(gv, folder.visit_expr(func))
-    return relax.transform.CanonicalizeBindings()(folder.builder_.get())
+    module = relax.transform.CanonicalizeBindings()(folder.builder_.get())
+    return relax.transform.DeadCodeElimination()(module)
 
 
 def _check_sites(module: tvm.IRModule) -> None:
@@ -199,6 +200,7 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
     sch = s_tir.Schedule(func)
     blocks = kernel.child_blocks(sch)
     family = next((str(f) for f in (kernel.annotation(sch, b, KERNEL) for b in blocks) if f), None)
+    names = ", ".join(kernel.block_name(sch, b) for b in blocks)
     info: dict[str, Any] = {"operator": "elementwise"}
     try:
         if family is None:
@@ -209,7 +211,6 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
             FAMILIES[family].schedule(sch, fused, rules)
     except s_tir.ScheduleError as error:
         reason = str(error).strip().splitlines()[-1]
-        names = ", ".join(kernel.block_name(s_tir.Schedule(func), b) for b in blocks)
         raise KernelError(
             f"The kernel {name} ({names}) cannot be scheduled for {rules.name}: {reason}"
         ) from error
