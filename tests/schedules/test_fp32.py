@@ -11,7 +11,9 @@ from tvm_compress.errors import KernelError
 from tvm_compress.schedules import apply, fp32, kernel, reference
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def conv_module(x_shape, weight, bias=None, relu=False, residual=False, **attrs):
@@ -90,7 +92,7 @@ def test_convolution_computes_what_numpy_computes(case):
     expected = reference.convolution(x, w, **case["attrs"]) + bias
     expected = np.maximum(expected, 0) if case["relu"] else expected
     actual = run(conv_module(x.shape, w, bias, case["relu"], **case["attrs"]), x)
-    np.testing.assert_allclose(actual, expected, **TOLERANCE)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("channels", [4, 8, 24, 37])
@@ -101,7 +103,7 @@ def test_depthwise_convolution_computes_what_numpy_computes(channels, stride):
     w = rng.standard_normal((channels, 1, 3, 3)).astype(np.float32)
     attrs = {"strides": (stride, stride), "padding": (1, 1, 1, 1), "groups": channels}
     actual = run(conv_module(x.shape, w, relu=True, **attrs), x)
-    np.testing.assert_allclose(actual, np.maximum(reference.convolution(x, w, **attrs), 0), **TOLERANCE)
+    assert_close(actual, np.maximum(reference.convolution(x, w, **attrs), 0))
 
 
 @settings(max_examples=10, deadline=None)
@@ -116,7 +118,7 @@ def test_dense_computes_what_numpy_computes(rows, inputs, outputs, transposed):
     x = rng.standard_normal((rows, inputs)).astype(np.float32)
     w = rng.standard_normal((outputs, inputs)).astype(np.float32)
     bias = rng.standard_normal(outputs).astype(np.float32)
-    np.testing.assert_allclose(run(dense_module(rows, w, bias, transposed), x), x @ w.T + bias, **TOLERANCE)
+    assert_close(run(dense_module(rows, w, bias, transposed), x), x @ w.T + bias)
 
 
 def test_an_epilogue_that_reads_the_convolution_twice_is_scheduled():
@@ -124,7 +126,7 @@ def test_an_epilogue_that_reads_the_convolution_twice_is_scheduled():
     x = rng.standard_normal((1, 6, 6, 8)).astype(np.float32)
     w = rng.standard_normal((19, 8, 3, 3)).astype(np.float32)
     actual = run(conv_module(x.shape, w, residual=True, padding=1), x)
-    np.testing.assert_allclose(actual, np.ones_like(actual), **TOLERANCE)
+    assert_close(actual, np.ones_like(actual))
 
 
 def test_packed_weights_hold_zeros_beyond_the_true_channels():

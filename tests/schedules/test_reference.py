@@ -63,7 +63,7 @@ def test_quantization_rounds_halves_to_even_and_dequantization_undoes_it():
     x = np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 1000.0], np.float32)
     q = reference.quantize(x, 1.0, 3, -128, 127)
     assert q.tolist() == [1, 3, 3, 5, 5, 127]
-    assert reference.dequantize(q, np.float32(0.5), 3).tolist() == [-1.0, 0.0, 0.0, 1.0, 1.0, 62.0]
+    assert reference.dequantize(q, 0.5, 3).tolist() == [-1.0, 0.0, 0.0, 1.0, 1.0, 62.0]
 
 
 def test_binarization_counts_zero_as_positive():
