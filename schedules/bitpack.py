@@ -17,7 +17,7 @@ _OPAQUE = 8
 
 
 def packed_shape(layer: IntegerLayer) -> tuple[int, ...]:
-    """Return (N, padded H, padded W, activation_bits, IC / 32, 4), the shape of the packed uint8 activations."""
+    """Return the shape (N, padded H, padded W, activation_bits, IC / 32, 4) of packed activations."""
     words = layer.in_channels // WORD_CHANNELS
     return (layer.data_shape[0], *layer.padded_size, layer.activation_bits, words, 4)
 
@@ -25,7 +25,7 @@ def packed_shape(layer: IntegerLayer) -> tuple[int, ...]:
 def pack_activations(
     bb: relax.BlockBuilder, data: relax.Expr, layer: IntegerLayer, rules: TargetRules
 ) -> relax.Var:
-    """Emit a call of the kernel that pads uint8 activations with the zero point and packs them by bit planes."""
+    """Emit a call of the kernel that pads activations with the zero point and packs their bit planes."""
     func = bb.add_func(packing_kernel(layer, rules), f"bitpack{layer.activation_bits}")
     return bb.emit(relax.call_tir(func, [data], out_ty=relax.TensorType(packed_shape(layer), "uint8")))
 
@@ -53,24 +53,24 @@ def packing_kernel(layer: IntegerLayer, rules: TargetRules) -> PrimFunc:
         return T.broadcast(T.Cast("uint8", T.int32(0) - (T.shift_right(T.int32(zero_point), bit) & 1)), 4)
 
     @T.prim_func(s_tir=True)
-    def main(a: T.handle, p: T.handle) -> None:
+    def main(data_handle: T.handle, packed_handle: T.handle) -> None:
         T.func_attr({"tirx.noalias": True, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
-        A = T.match_buffer(a, data_shape, "uint8")
-        P = T.match_buffer(p, shape, "uint8")
+        data = T.match_buffer(data_handle, data_shape, "uint8")
+        packed = T.match_buffer(packed_handle, shape, "uint8")
         for i, y, x in T.grid(n, height, width):
             with T.sblock("pack"):
                 vi, vy, vx = T.axis.remap("SSS", [i, y, x])
-                T.reads(A[everything])
-                T.writes(P[vi, vy, vx, 0:bits, 0:words, 0:4])
+                T.reads(data[everything])
+                T.writes(packed[vi, vy, vx, 0:bits, 0:words, 0:4])
                 for k in T.serial(words):
                     if not is_padded or inside(vy, vx):
                         for b in T.unroll(bits):
-                            P[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = pack(
-                                A, index(vi, vy, vx, k * WORD_CHANNELS), b
+                            packed[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = pack(
+                                data, index(vi, vy, vx, k * WORD_CHANNELS), b
                             )
                     else:
                         for b in T.unroll(bits):
-                            P[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = border(b)
+                            packed[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = border(b)
 
     sch = s_tir.Schedule(main)
     loops = sch.get_loops(sch.get_sblock("pack"))

@@ -1,8 +1,8 @@
-"""Bit-serial convolutions and dense layers: sums of counted bits, exact, for weights and activations of 1-6 bits.
+"""Bit-serial convolutions and dense layers: exact sums of counted bits, weights and activations of 1-6 bits.
 
-Activations (uint8 in [0, 2**a - 1]) are packed into bit planes by a PrimFunc of its own (see bitpack.py). The kernel
-counts `activation bits & weight bits` in 8-bit lanes (`counts`), and sums them weighted by the planes' places in
-int32 (`sums`, annotated): with a weight plane's coefficient 2**r2, minus that for the sign plane (two's complement).
+Activations (uint8 in [0, 2**a - 1]) are packed into bit planes by a PrimFunc of its own (see bitpack.py). The
+kernel counts `activation bits & weight bits` in 8-bit lanes (`counts`) and sums the counts in int32, weighted
+by the planes' places (`sums`, annotated): 2**(r1 + r2), negative for the weights' sign plane.
 
 Weights -1 and +1 are stored as bits u = (w + 1) / 2. For one activation plane p, sum(p * w) = popcount(u) -
 popcount(p ^ u): the kernel counts p ^ u, and popcount(u), times the sum of all 2**r1, goes into the bias.
@@ -33,13 +33,13 @@ from tvm_compress.schedules.target_rules import MAX_BITSERIAL_BITS, TargetRules
 
 
 def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a packing kernel and a bit-serial kernel.
+    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a packing and a bit-serial kernel.
 
     Raises
     ------
     KernelError
-        Where the layer breaks a rule of TargetRules.bitserial_legal, a width is outside of 1-6 bits, weights are
-        no constants or out of range, activations are not uint8, or the sums may overflow int32.
+        Where the layer breaks a rule of TargetRules.bitserial_legal, a width is outside of 1-6 bits, weights
+        are no constants or out of range, activations are not uint8, or the sums may overflow int32.
     """
     layer = packing.read_layer(call)
     check_legal(layer, rules)
@@ -159,7 +159,7 @@ def _compute(layer: IntegerLayer, dot: BitDot, tile: Tile) -> Callable[..., te.T
 
 
 def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
-    """Schedule a fused bit-serial PrimFunc in place: loops over planes stay rolled, tiles stay in registers."""
+    """Schedule a fused bit-serial PrimFunc in place: loops over planes stay rolled, tiles in registers."""
     info = kernel.info
     dot = bit_dot_for(rules.isa, info["operation"], info["OC"])
     tile = Tile(*info["tile"])

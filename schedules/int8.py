@@ -1,7 +1,7 @@
 """INT8 convolutions and dense layers: exact int32 sums by the widest exact dot product of the target.
 
-Stages of a PrimFunc: `stored` (padding, and the type that the dot product takes), `sums` (annotated), `biased`
-(true channels only), then whatever was fused behind. Weights of any width up to 8 bits take the same kernel.
+Stages of a PrimFunc: `stored` (padding, and the type that the dot product takes), `sums` (annotated),
+`biased` (true channels only), then whatever was fused behind. Weights of 1-8 bits take the same kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from tvm_compress.schedules.kernel import (
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
 
-# Up to this many input channels a kernel's row is multiplied as one run of values, so that few steps are empty.
+# Up to this many input channels a kernel's row is multiplied as one run of values: few steps are half empty.
 _MAX_ROW_CHANNELS = 4
 
 # op_pattern of TVM's fusion: element-wise operators may follow in the same PrimFunc.
@@ -45,10 +45,10 @@ class Tile:
 
 
 def choose_tile(out_height: int, out_width: int, vectors: int, registers: int) -> Tile:
-    """Return the tile with the fewest loads per multiplication that divides the output and fits the registers.
+    """Return the tile with the fewest loads per product that divides the output and fits the registers.
 
-    A step loads one broadcast per pixel and one weight per vector, and multiplies each by each: on every target
-    measured, loads bound the speed.
+    A step loads one broadcast per pixel and one weight per vector, and multiplies each by each: measured on
+    AVX2, loads bound the speed.
     """
 
     def loads_per_product(tile: Tile) -> tuple[float, int, int]:

@@ -172,7 +172,7 @@ def _check_weights(layer: IntegerLayer) -> None:
     limit = 2 ** (min(layer.weight_bits, 8) - 1) - 1
     if low < -limit or high > limit:
         raise KernelError(
-            f"{layer.weight_bits}-bit weights must lie in [{-limit}, {limit}], and these reach [{low}, {high}].",
+            f"{layer.weight_bits}-bit weights must lie in [{-limit}, {limit}], not in [{low}, {high}].",
             "Quantize them symmetrically.",
         )
 
@@ -192,7 +192,7 @@ def check_accumulator(layer: IntegerLayer, low: int, high: int) -> None:
 
 
 def fold_bias(layer: IntegerLayer, offset: int = 0) -> np.ndarray:
-    """Return the int32 bias for a kernel that multiplies stored values x + offset by the weights as they are."""
+    """Return the int32 bias for a kernel that multiplies the stored values x + offset by the weights."""
     return (layer.bias.astype(np.int64) - (layer.zero_point + offset) * layer.weight_sums).astype(np.int32)
 
 

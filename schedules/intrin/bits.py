@@ -86,11 +86,10 @@ def _count(dot: BitDot) -> tuple[PrimFunc, PrimFunc]:
     dtype = f"uint8x{size}"
 
     @T.prim_func(s_tir=True)
-    def desc(
-        A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((lanes, 4), "uint8", offset_factor=1),
-        C: T.Buffer((lanes, 4), "uint8", offset_factor=1, scope="local"),
-    ) -> None:
+    def desc(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "uint8", offset_factor=1)
+        B = T.match_buffer(b, (lanes, 4), "uint8", offset_factor=1)
+        C = T.match_buffer(c, (lanes, 4), "uint8", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes, 0:4], A[0:4], B[0:lanes, 0:4])
             T.writes(C[0:lanes, 0:4])
@@ -100,11 +99,10 @@ def _count(dot: BitDot) -> tuple[PrimFunc, PrimFunc]:
                     C[vi, vj] = C[vi, vj] + T.popcount(combine(operation, A[vj], B[vi, vj]))
 
     @T.prim_func(s_tir=True)
-    def impl(
-        A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((lanes, 4), "uint8", offset_factor=1),
-        C: T.Buffer((lanes, 4), "uint8", offset_factor=1, scope="local"),
-    ) -> None:
+    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "uint8", offset_factor=1)
+        B = T.match_buffer(b, (lanes, 4), "uint8", offset_factor=1)
+        C = T.match_buffer(c, (lanes, 4), "uint8", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes, 0:4], A[0:4], B[0:lanes, 0:4])
             T.writes(C[0:lanes, 0:4])
@@ -124,11 +122,10 @@ def _count(dot: BitDot) -> tuple[PrimFunc, PrimFunc]:
 
 def _weigh_desc(lanes: int) -> PrimFunc:
     @T.prim_func(s_tir=True)
-    def desc(
-        D: T.Buffer((lanes, 4), "uint8", offset_factor=1, scope="local"),
-        K: T.Buffer((1,), "int32", offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def desc(d: T.handle, k: T.handle, c: T.handle) -> None:
+        D = T.match_buffer(d, (lanes, 4), "uint8", offset_factor=1, scope="local")
+        K = T.match_buffer(k, (1,), "int32", offset_factor=1)
+        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], D[0:lanes, 0:4], K[0])
             T.writes(C[0:lanes])
@@ -149,11 +146,10 @@ def _weigh_impl(dot: BitDot) -> PrimFunc:
     weigh = {"avx512": _weigh_avx512, "avx2": _weigh_avx2, "x86": _weigh_sse2, "neon": _weigh_neon}[dot.isa]
 
     @T.prim_func(s_tir=True)
-    def impl(
-        D: T.Buffer((lanes, 4), "uint8", offset_factor=1, scope="local"),
-        K: T.Buffer((1,), "int32", offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def impl(d: T.handle, k: T.handle, c: T.handle) -> None:
+        D = T.match_buffer(d, (lanes, 4), "uint8", offset_factor=1, scope="local")
+        K = T.match_buffer(k, (1,), "int32", offset_factor=1)
+        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], D[0:lanes, 0:4], K[0])
             T.writes(C[0:lanes])
@@ -195,7 +191,7 @@ def _weigh_neon(counts: Any, coefficient: Any) -> Any:
 
 
 def word_packer(isa: str) -> Callable[[Any, Sequence[Any], Any], Any]:
-    """Return a function of (buffer, index of 32 contiguous uint8 values, bit) that gives their bits as uint8x4.
+    """Return a function of (buffer, index of 32 contiguous uint8, bit) that gives their bits as uint8x4.
 
     Channel c is bit c % 8 of byte c / 8.
     """

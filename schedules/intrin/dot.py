@@ -92,11 +92,10 @@ def _desc(dot: Dot) -> PrimFunc:
     data_dtype, weight_dtype = dot.data_dtype, dot.weight_dtype
 
     @T.prim_func(s_tir=True)
-    def desc(
-        A: T.Buffer((depth,), data_dtype, offset_factor=1),
-        B: T.Buffer((lanes, depth), weight_dtype, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def desc(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (depth,), data_dtype, offset_factor=1)
+        B = T.match_buffer(b, (lanes, depth), weight_dtype, offset_factor=1)
+        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
             T.writes(C[0:lanes])
@@ -116,11 +115,10 @@ def _pairs(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
     loaded, result = f"{weight_dtype}x{2 * lanes}", f"int32x{lanes}"
 
     @T.prim_func(s_tir=True)
-    def impl(
-        A: T.Buffer((2,), "int16", offset_factor=1),
-        B: T.Buffer((lanes, 2), weight_dtype, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (2,), "int16", offset_factor=1)
+        B = T.match_buffer(b, (lanes, 2), weight_dtype, offset_factor=1)
+        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:2], B[0:lanes, 0:2])
             T.writes(C[0:lanes])
@@ -140,11 +138,10 @@ def _vnni(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
     """Multiply four uint8 by four int8 and accumulate their sum: vpdpbusd, which does not saturate."""
 
     @T.prim_func(s_tir=True)
-    def impl(
-        A: T.Buffer((4,), "uint8", offset_factor=1),
-        B: T.Buffer((16, 4), "int8", offset_factor=1),
-        C: T.Buffer((16,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "uint8", offset_factor=1)
+        B = T.match_buffer(b, (16, 4), "int8", offset_factor=1)
+        C = T.match_buffer(c, (16,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:16], A[0:4], B[0:16, 0:4])
             T.writes(C[0:16])
@@ -168,11 +165,10 @@ def _neon(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
     """
 
     @T.prim_func(s_tir=True)
-    def desc(
-        A: T.Buffer((4,), "int8", offset_factor=1),
-        B: T.Buffer((2, 4, 2), "int8", offset_factor=1),
-        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def desc(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "int8", offset_factor=1)
+        B = T.match_buffer(b, (2, 4, 2), "int8", offset_factor=1)
+        C = T.match_buffer(c, (4,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:4], A[0:4], B[0:2, 0:4, 0:2])
             T.writes(C[0:4])
@@ -183,11 +179,10 @@ def _neon(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
                         C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vk // 2, vi, vk % 2], "int32")
 
     @T.prim_func(s_tir=True)
-    def impl(
-        A: T.Buffer((4,), "int8", offset_factor=1),
-        B: T.Buffer((2, 4, 2), "int8", offset_factor=1),
-        C: T.Buffer((4,), "int32", offset_factor=1, scope="local"),
-    ) -> None:
+    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "int8", offset_factor=1)
+        B = T.match_buffer(b, (2, 4, 2), "int8", offset_factor=1)
+        C = T.match_buffer(c, (4,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:4], A[0:4], B[0:2, 0:4, 0:2])
             T.writes(C[0:4])

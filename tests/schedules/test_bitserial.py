@@ -109,7 +109,7 @@ def test_portable_code_is_exact(bits: tuple[int, int]) -> None:
         parse_target(HOST).attrs["mtriple"].partition("-")[0], HOST
     )
     x, w, b = random_site(np.random.default_rng(0), (1, 5, 5, 64), (24, 64, 3, 3), bits)
-    geometry = {"padding": [1, 1, 1, 1]}
+    geometry: dict[str, Any] = {"padding": [1, 1, 1, 1]}
     np.testing.assert_array_equal(
         run(make_site(x, w, b, bits, **geometry), x, baseline), reference.conv2d(x, w, b, **geometry)
     )
@@ -147,7 +147,7 @@ def test_packing_kernels_pack_as_numpy_does(bits: int, target: str) -> None:
 
 
 def _attributes(call: relax.Call) -> dict[str, Any]:
-    return {key: call.attrs[key] for key in call.attrs.keys()}
+    return dict(call.attrs.items())
 
 
 @pytest.mark.parametrize(

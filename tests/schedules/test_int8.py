@@ -102,7 +102,7 @@ def test_extreme_values_are_exact(dtype: str, value: int, weight: int, target: s
     x = np.full((1, 5, 5, 64), value, dtype)
     w = np.full((24, 64, 3, 3), weight, np.int8)
     b = np.zeros(24, np.int32)
-    geometry = {"padding": [1, 1, 1, 1], "zero_point": int(np.iinfo(dtype).min)}
+    geometry: dict[str, Any] = {"padding": [1, 1, 1, 1], "zero_point": int(np.iinfo(dtype).min)}
     np.testing.assert_array_equal(
         run(make_site(x, w, b, **geometry), x, target), reference.conv2d(x, w, b, **geometry)
     )
@@ -119,17 +119,19 @@ def test_any_dense_layer_is_exact(batch: int, inputs: int, outputs: int, dtype: 
 def test_the_epilogue_is_fused_and_sums_stay_local(channels: int) -> None:
     x, w, b = random_site(np.random.default_rng(0), (1, 7, 7, 8), (channels, 8, 3, 3))
     multiplier = np.linspace(1 << 20, 1 << 22, channels).astype(np.int32)
-    requantization = {"shift": 31, "zero_point": -5, "qmin": -128, "qmax": 127, "dtype": "int8"}
+    requantization: dict[str, Any] = {
+        "shift": 31,
+        "zero_point": -5,
+        "qmin": -128,
+        "qmax": 127,
+        "dtype": "int8",
+    }
     data = relax.Var("x", relax.TensorType(x.shape, "int8"))
     bb = relax.BlockBuilder()
     with bb.function("main", [data]):
         with bb.dataflow():
             attrs = make_site(x, w, b, padding=[1, 1, 1, 1])["main"].body.blocks[0].bindings[0].value.attrs
-            sums = bb.emit(
-                ops.call(
-                    "conv2d", [data, relax.const(w), relax.const(b)], **{k: attrs[k] for k in attrs.keys()}
-                )
-            )
+            sums = bb.emit(ops.call("conv2d", [data, relax.const(w), relax.const(b)], **dict(attrs.items())))
             positive = bb.emit(relax.op.maximum(sums, relax.const(np.int32(0))))
             result = bb.emit_output(
                 ops.call("requantize", [positive, relax.const(multiplier)], **requantization)

@@ -1,4 +1,4 @@
-"""The tensor intrinsics: registered once, described alike, and present in code that was compiled for their target."""
+"""The tensor intrinsics: registered once, and described as the kernels take them."""
 
 import pytest
 from tvm.s_tir import TensorIntrin
