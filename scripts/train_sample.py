@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Trains the embedded sample on Fashion-MNIST and writes what `tvm_compress/samples` ships.
 
-The 1,000 images that the sample gives for validation are never trained on, so that accuracy during a search is
-honest. A run that was interrupted goes on from its last epoch.
+The 1,000 images that the sample gives for validation are never trained on, so that accuracy during a search
+is honest. A run that was interrupted goes on from its last epoch.
 """
 
 import argparse
@@ -77,54 +77,89 @@ def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return right / len(y)
 
 
-def train(args: argparse.Namespace, data: Data, mean: float, std: float) -> ResNet8:
-    """Train with SGD under a one-cycle rate and label smoothing; resumes from `args.checkpoint`."""
-    torch.manual_seed(args.seed)
-    x = (torch.from_numpy(data.train[0][data.trained_on]).float() / 255 - mean) / std
-    y = torch.from_numpy(data.train[1][data.trained_on])
-    held_x = (torch.from_numpy(data.train[0][data.shipped["validation"]]).float() / 255 - mean) / std
-    held_y = torch.from_numpy(data.train[1][data.shipped["validation"]])
-    model = ResNet8().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    steps = -(-len(y) // args.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps
-    )
-    first = 0
-    if args.checkpoint.is_file():
-        state = torch.load(args.checkpoint, weights_only=True)
-        if (state["seed"], state["epochs"]) != (args.seed, args.epochs):
-            raise SystemExit(f"{args.checkpoint} is of another run: delete it, or name another --checkpoint")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["epoch"] + 1
-        print(f"resumed after epoch {first}", flush=True)
-    for epoch in range(first, args.epochs):
+@dataclass(frozen=True)
+class Training:
+    """A network with its optimizer and learning rate: what a checkpoint holds."""
+
+    model: ResNet8
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    @classmethod
+    def start(cls, args: argparse.Namespace, images: int) -> "Training":
+        """SGD with Nesterov momentum under a one-cycle rate, from weights drawn by the seed."""
+        torch.manual_seed(args.seed)
+        model = ResNet8().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, epochs=args.epochs, steps_per_epoch=-(-images // args.batch)
+        )
+        return cls(model, optimizer, schedule)
+
+    def save(self, path: Path, epoch: int, settings: dict) -> None:
+        """Write the checkpoint after `epoch` epochs."""
+        state = {name: part.state_dict() for name, part in vars(self).items()}
+        buffer = io.BytesIO()
+        torch.save(state | {"epoch": epoch, "settings": settings}, buffer)
+        write(path, buffer.getvalue())
+
+    def resume(self, path: Path, settings: dict) -> int:
+        """Take up what a checkpoint holds, if there is one; returns the number of epochs that are done."""
+        if not path.is_file():
+            return 0
+        state = torch.load(path, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(
+                f"{path} is of a run with {state['settings']}: delete it, or name another --checkpoint"
+            )
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
+        print(f"resumed after epoch {state['epoch']}", flush=True)
+        return state["epoch"]
+
+    def run_epoch(self, x: torch.Tensor, y: torch.Tensor, batch: int, generator: torch.Generator) -> float:
+        """One pass over the images with label smoothing; returns the mean loss."""
+        self.model.train()
+        total = 0.0
+        for indices in torch.randperm(len(y), generator=generator).split(batch):
+            images = augment(x[indices], generator).contiguous(memory_format=torch.channels_last)
+            loss = functional.cross_entropy(self.model(images), y[indices], label_smoothing=0.1)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.item() * len(indices)
+        return total / len(y)
+
+
+def train(args: argparse.Namespace, data: Data, mean: float, std: float) -> ResNet8 | None:
+    """Train, with a checkpoint after each epoch; None if stopped before the last by --stop-after."""
+    x, y = as_tensors(data.train, data.trained_on, mean, std)
+    held_x, held_y = as_tensors(data.train, data.shipped["validation"], mean, std)
+    settings = {name: getattr(args, name) for name in ("seed", "epochs", "batch", "lr")}
+    training = Training.start(args, len(y))
+    first = training.resume(args.checkpoint, settings)
+    last = min(args.epochs, args.stop_after or args.epochs)
+    for epoch in range(first, last):
         start = time.monotonic()
-        model.train()
         # One generator for each epoch, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
-        total = 0.0
-        for batch in torch.randperm(len(y), generator=generator).split(args.batch):
-            images = augment(x[batch], generator).contiguous(memory_format=torch.channels_last)
-            loss = functional.cross_entropy(model(images), y[batch], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-        state = {"seed": args.seed, "epochs": args.epochs, "epoch": epoch, "model": model.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write(args.checkpoint, buffer.getvalue())
-        held = accuracy(model, held_x, held_y)
+        loss = training.run_epoch(x, y, args.batch, generator)
+        training.save(args.checkpoint, epoch + 1, settings)
+        held = accuracy(training.model, held_x, held_y)
         secs = time.monotonic() - start
-        print(
-            f"epoch {epoch + 1}: loss {total / len(y):.4f}, validation {held:.4f}, {secs:.0f} s", flush=True
-        )
-    return model
+        print(f"epoch {epoch + 1}: loss {loss:.4f}, validation {held:.4f}, {secs:.0f} s", flush=True)
+    return training.model if last == args.epochs else None
+
+
+def as_tensors(
+    part: tuple[np.ndarray, np.ndarray], indices: np.ndarray | slice, mean: float, std: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised images [n, 1, 28, 28] and labels [n]."""
+    x, y = part
+    return (torch.from_numpy(x[indices]).float() / 255 - mean) / std, torch.from_numpy(y[indices])
 
 
 def write(path: Path, data: bytes) -> None:
@@ -157,6 +192,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stop-after", type=int, help="stop after this epoch, to go on later")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -165,10 +201,11 @@ def main() -> None:
     unit = data.train[0][data.trained_on].astype(np.float32) / 255
     mean, std = round(float(unit.mean(dtype=np.float64)), 4), round(float(unit.std(dtype=np.float64)), 4)
     model = train(args, data, mean, std)
+    if model is None:
+        return
 
     def measure(part: tuple[np.ndarray, np.ndarray], indices: np.ndarray | slice) -> float:
-        x = (torch.from_numpy(part[0][indices]).float() / 255 - mean) / std
-        return accuracy(model, x, torch.from_numpy(part[1][indices]))
+        return accuracy(model, *as_tensors(part, indices, mean, std))
 
     facts = {
         "schema": 1,

@@ -78,7 +78,9 @@ class Model:
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(index) for index in range(logits)))
         if len(self.class_names) != logits:
-            raise ModelError(f"The network gives {logits} logits, but {len(self.class_names)} classes are named.")
+            raise ModelError(
+                f"The network gives {logits} logits, but {len(self.class_names)} classes are named."
+            )
 
     @property
     def num_classes(self) -> int:
@@ -116,7 +118,8 @@ class Model:
         UnsupportedOperatorError
             If an operator is not supported; names the operator and the layer.
         ModelError
-            If the module cannot be exported, its input or output does not fit, or a weight is NaN or infinite.
+            If the module cannot be exported, its input or output does not fit, or a weight is NaN or
+            infinite.
         """
         from tvm_compress.importer.torch_importer import export_module
 
@@ -239,7 +242,9 @@ def load_model(
         return load_sample(text.removeprefix("sample:"))
     path = Path(source)
     if not path.exists():
-        raise ModelError(f"{text} does not exist.", "Give a .pt2, an .onnx, a saved Model, or sample:resnet8-fashion.")
+        raise ModelError(
+            f"{text} does not exist.", "Give a .pt2, an .onnx, a saved Model, or sample:resnet8-fashion."
+        )
     declared: dict[str, Any] = {"class_names": class_names, "metadata": {"source": path.name}}
     declared |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     if path.is_dir():
@@ -252,5 +257,5 @@ def load_model(
         return Model.from_exported_program(read_exported_program(path), **declared)
     raise ModelError(
         f"{text} is none of: a .pt2 file, an .onnx file, a directory that Model.save made.",
-        "Of a torch module, write one with torch.export.save(torch.export.export(module.eval(), inputs), 'x.pt2').",
+        "torch.export.save(torch.export.export(module.eval(), inputs), 'x.pt2') makes one of a torch module.",
     )

@@ -36,7 +36,9 @@ class Normalization:
             If the number of channels is not that of the normalisation.
         """
         if len(self.mean) not in (1, x.shape[1]):
-            raise DataError(f"The normalisation is of {len(self.mean)} channels, the images have {x.shape[1]}.")
+            raise DataError(
+                f"The normalisation is of {len(self.mean)} channels, the images have {x.shape[1]}."
+            )
         mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1) for v in (self.mean, self.std))
         unit = x.astype(np.float32)
         if x.dtype == np.uint8:
@@ -69,14 +71,17 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.x.dtype not in (np.dtype(np.uint8), np.dtype(np.float32)):
-            raise DataError(f"Images must be uint8 or float32 [N, C, H, W], not {self.x.dtype} {self.x.shape}.")
+            raise DataError(
+                f"Images must be uint8 or float32 [N, C, H, W], not {self.x.dtype} {self.x.shape}."
+            )
         if self.y.ndim != 1 or self.y.dtype != np.int64:
             raise DataError(f"Labels must be int64 [N], not {self.y.dtype} {self.y.shape}.")
         if len(self.x) != len(self.y):
             raise DataError(f"There are {len(self.x)} images and {len(self.y)} labels.")
         if len(self.y) and not (self.y.min() >= 0 and self.y.max() < len(self.class_names)):
             raise DataError(
-                f"Labels reach from {self.y.min()} to {self.y.max()}, but there are {len(self.class_names)} classes."
+                f"Labels reach from {self.y.min()} to {self.y.max()}, "
+                f"but there are {len(self.class_names)} classes."
             )
         if self.x.dtype == np.float32 and not np.isfinite(self.x).all():
             raise DataError("The images hold NaN or infinite values.")
@@ -124,6 +129,7 @@ def stratified_indices(y: np.ndarray, n: int, rng: np.random.Generator) -> np.nd
     for position in np.argsort(-(exact - quota), kind="stable")[: n - quota.sum()]:
         quota[position] += 1
     chosen = [
-        rng.permutation(np.flatnonzero(y == label))[:count] for label, count in zip(labels, quota, strict=True)
+        rng.permutation(np.flatnonzero(y == label))[:count]
+        for label, count in zip(labels, quota, strict=True)
     ]
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)

@@ -20,7 +20,8 @@ def read_imagefolder(root: Path, shape: tuple[int, ...], class_names: tuple[str,
     shape
         (C, H, W) that the network takes: images are converted to C channels and must have that size.
     class_names
-        The network's; where they hold every folder's name, these decide the labels, else the order of the alphabet.
+        The network's; where they hold every folder's name, these decide the labels, else the order of the
+        alphabet.
 
     Returns
     -------
@@ -41,7 +42,9 @@ def read_imagefolder(root: Path, shape: tuple[int, ...], class_names: tuple[str,
         roots = {"train": root}
     found = sorted({folder.name for part in roots.values() for folder in _subfolders(part)})
     if not found:
-        raise DataError(f"{root} holds no folders of images.", "Put each class's images in a folder of its name.")
+        raise DataError(
+            f"{root} holds no folders of images.", "Put each class's images in a folder of its name."
+        )
     names = class_names if set(found) <= set(class_names) else tuple(found)
     parts = {part: _read_part(folder, shape, names) for part, folder in roots.items()}
     return Source(parts, names)

@@ -33,9 +33,9 @@ def load_data(
     Parameters
     ----------
     path
-        An .npz (x, y; or x_train, y_train, x_test, y_test), a folder of IDX files (MNIST, Fashion-MNIST; gzipped or
-        not), of CIFAR-10 binary batches, or of images (CLASS/*.png, or {train,val,test}/CLASS/*.png), or
-        "sample:NAME".
+        An .npz (x, y; or x_train, y_train, x_test, y_test), a folder of IDX files (MNIST, Fashion-MNIST;
+        gzipped or not), of CIFAR-10 binary batches, or of images (CLASS/*.png, or
+        {train,val,test}/CLASS/*.png), or "sample:NAME".
     model
         Decides which shapes and labels fit, and the normalisation unless one is declared.
     seed
@@ -100,7 +100,8 @@ def _read(path: str | Path, model: Model) -> Source:
     if any(child.is_dir() for child in path.iterdir()):
         return read_imagefolder(path, model.input_spec.shape[1:], model.class_names)
     raise DataError(
-        f"{text} holds no data that are known here.", "IDX files, data_batch_*.bin, or a folder for each class."
+        f"{text} holds no data that are known here.",
+        "IDX files, data_batch_*.bin, or a folder for each class.",
     )
 
 
@@ -109,9 +110,14 @@ def _to_nchw(x: np.ndarray, shape: tuple[int, ...], layout: str | None, where: s
     if x.ndim == 3:
         x = x[:, None] if layout != "NHWC" else x[..., None]
     if x.ndim != 4:
-        raise DataError(f"{where} holds images of shape {x.shape}, not [N, C, H, W], [N, H, W, C] or [N, H, W].")
+        raise DataError(
+            f"{where} holds images of shape {x.shape}, not [N, C, H, W], [N, H, W, C] or [N, H, W]."
+        )
     channels, height, width = shape
-    fits = {"NCHW": x.shape[1:] == (channels, height, width), "NHWC": x.shape[1:] == (height, width, channels)}
+    fits = {
+        "NCHW": x.shape[1:] == (channels, height, width),
+        "NHWC": x.shape[1:] == (height, width, channels),
+    }
     wanted = [layout] if layout else list(_LAYOUTS)
     fitting = [name for name in wanted if fits[name]]
     if not fitting:
@@ -120,7 +126,9 @@ def _to_nchw(x: np.ndarray, shape: tuple[int, ...], layout: str | None, where: s
             f"{f' in {layout}' if layout else ''}; the model takes {channels} channels of {height} x {width}."
         )
     if len(fitting) > 1 and channels > 1:
-        raise DataError(f"{where}: images of shape {x.shape[1:]} fit as NCHW and as NHWC.", "Declare the layout.")
+        raise DataError(
+            f"{where}: images of shape {x.shape[1:]} fit as NCHW and as NHWC.", "Declare the layout."
+        )
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if fitting[0] == "NHWC" else x
 
 
@@ -130,7 +138,9 @@ def _pixels(x: np.ndarray, where: str) -> np.ndarray:
         return x
     if x.dtype.kind in "iu":
         if x.min() < 0 or x.max() > 255:
-            raise DataError(f"{where} holds integers from {x.min()} to {x.max()}; pixels must be within [0, 255].")
+            raise DataError(
+                f"{where} holds integers from {x.min()} to {x.max()}; pixels must be within [0, 255]."
+            )
         return x.astype(np.uint8)
     if x.dtype.kind != "f":
         raise DataError(f"{where} holds {x.dtype}; images must be integers or floats.")

@@ -13,7 +13,7 @@ _PARTS = {"train": "train", "validation": "validation", "val": "validation", "te
 
 
 def read_npz(path: Path) -> Source:
-    """Read `x` and `y`, or `x_train`, `y_train` and, where they stand, `x_validation` (or `x_val`), `x_test`, ...
+    """Read `x` and `y`, or `x_train` and `y_train` with, where they stand, `x_validation` or `x_val`, `x_test`.
 
     Raises
     ------
@@ -22,26 +22,30 @@ def read_npz(path: Path) -> Source:
     """
     arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # numpy leaves a file that is no archive open if it opened it itself.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for key in archive.files:
                 if key in ("x", "y") or key.removeprefix("x_").removeprefix("y_") in _PARTS:
                     arrays[key] = archive[key]
             found = list(archive.files)
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable .npz: {error}.") from error
     parts = {}
     for name, part in {"": "train", **_PARTS}.items():
         keys = [f"{axis}_{name}" if name else axis for axis in "xy"]
         present = [key for key in keys if key in arrays]
         if len(present) == 1:
-            raise DataError(f"{path} holds {present[0]!r} without its {'labels' if present[0][0] == 'x' else 'images'}.")
+            raise DataError(
+                f"{path} holds {present[0]!r} without its {'labels' if present[0][0] == 'x' else 'images'}."
+            )
         if present:
             if part in parts:
                 raise DataError(f"{path} holds the part {part!r} twice: its keys are {', '.join(found)}.")
             parts[part] = (arrays[keys[0]], read_labels(arrays[keys[1]], f"{path.name}:{keys[1]}"))
     if "train" not in parts:
         raise DataError(
-            f"{path} holds {', '.join(found) or 'nothing'}.", "It needs x and y, or x_train, y_train, x_test, y_test."
+            f"{path} holds {', '.join(found) or 'nothing'}.",
+            "It needs x and y, or x_train, y_train, x_test, y_test.",
         )
     return Source(parts)
 
@@ -51,7 +55,9 @@ def read_labels(y: np.ndarray, where: str) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
-        raise DataError(f"{where} has the shape {y.shape}; labels must be [N], one class number for each image.")
+        raise DataError(
+            f"{where} has the shape {y.shape}; labels must be [N], one class number for each image."
+        )
     if y.dtype.kind not in "iuf":
         raise DataError(f"{where} is {y.dtype}; labels must be integers.")
     if y.dtype.kind == "f" and not (np.isfinite(y).all() and (y == np.round(y)).all()):

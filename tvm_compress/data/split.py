@@ -18,8 +18,8 @@ class Source:
     Attributes
     ----------
     parts
-        Part's name ("train", "validation", "test") -> images (of any layout) and labels [N]. A source without parts
-        has "train" only.
+        Part's name ("train", "validation", "test") -> images (of any layout) and labels [N]. A source without
+        parts has "train" only.
     class_names
         One name for each label, or nothing where the source does not say.
     """
@@ -33,8 +33,8 @@ def split_source(
 ) -> Split:
     """Divide a source whose images are NCHW; parts that it has itself are kept as they are.
 
-    Missing parts are taken from the training images, stratified by label: validation and test are drawn by the
-    seed, the training part is what is left.
+    Missing parts are taken from the training images, stratified by label: validation and test are drawn by
+    the seed, the training part is what is left.
 
     Parameters
     ----------
@@ -64,5 +64,7 @@ def split_source(
         sets["train"] = rest.take(np.setdiff1d(np.arange(len(rest)), drawn))
     for name in PARTS:
         if not len(sets[name]):
-            raise DataError(f"Of {total} images none is left for {name}.", "Give more images, or other shares.")
+            raise DataError(
+                f"Of {total} images none is left for {name}.", "Give more images, or other shares."
+            )
     return Split(*(sets[name] for name in PARTS))

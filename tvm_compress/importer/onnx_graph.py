@@ -1,8 +1,8 @@
 """Rewrites an ONNX graph so that its initializers are exactly the parameters of its layers, named after them.
 
-Files differ by exporter: weights stand in initializers, in Constant nodes or behind Identity and Transpose; shapes
-are computed from shapes; one initializer serves several layers that happen to hold equal values. Afterwards each
-layer owns its parameters, dense layers are `Gemm` with weights [out, in], and all else that is constant is a
+Files differ by exporter: weights stand in initializers, in Constant nodes or behind Identity and Transpose;
+shapes are computed from shapes; one initializer serves several layers that happen to hold equal values. Afterwards
+each layer owns its parameters, dense layers are `Gemm` with weights [out, in], and all else that is constant is a
 Constant node.
 """
 
@@ -17,18 +17,29 @@ from onnx.reference import ReferenceEvaluator
 
 from tvm_compress.errors import ModelError
 
-_ANONYMOUS = re.compile(r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|.*/.*|")
+_ANONYMOUS = re.compile(
+    r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|.*/.*|"
+)
 _BATCH_NORM_SLOTS = ("weight", "bias", "running_mean", "running_var")
 _LAYERS = ("Conv", "Gemm")
 # Folded constants that are still the same parameter, in another type or shape.
-_SAME_VALUES = ("Identity", "Transpose", "Reshape", "Cast", "CastLike", "Squeeze", "Unsqueeze", "DequantizeLinear")
+_SAME_VALUES = (
+    "Identity",
+    "Transpose",
+    "Reshape",
+    "Cast",
+    "CastLike",
+    "Squeeze",
+    "Unsqueeze",
+    "DequantizeLinear",
+)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def layer_name(node: onnx.NodeProto) -> str:
     """Dotted name of the module that made a node, where the exporter tells, else the node's own name.
 
-    torch's exporters tell by a list of scopes in the metadata, or by paths such as "/layer1/layer1.0/conv1/Conv".
+    torch's exporters tell by a list of scopes in the metadata, or by paths: "/layer1/layer1.0/conv1/Conv".
     """
     for entry in node.metadata_props:
         scopes = re.findall(r"'([^']*)'", entry.value) if entry.key == _SCOPES else []
@@ -136,9 +147,11 @@ class _Rewriter:
         """Compute a node whose every input is known; True if it is gone."""
         if node.op_type == "Shape" and node.input[0] not in self.constants:
             shape = self._static_shape(node.input[0])
-            if shape is None or node.attribute:
+            if shape is None:
                 return False
-            self.constants[node.output[0]] = np.asarray(shape, np.int64)
+            bounds = {a.name: a.i for a in node.attribute}
+            part = shape[bounds.get("start", 0) : bounds.get("end", len(shape))]
+            self.constants[node.output[0]] = np.asarray(part, np.int64)
             return True
         inputs = [name for name in node.input if name]
         if node.op_type == "CastLike":
@@ -150,7 +163,9 @@ class _Rewriter:
         try:
             values = self._evaluate(node, inputs)
         except Exception as error:  # the evaluator raises what its operators raise
-            raise ModelError(f"The constant {node.op_type} {layer_name(node)!r} cannot be computed: {error}.") from error
+            raise ModelError(
+                f"The constant {node.op_type} {layer_name(node)!r} cannot be computed: {error}."
+            ) from error
         for name, value in zip(node.output, values, strict=False):
             self.constants[name] = np.asarray(value)
             if node.op_type in _SAME_VALUES:
@@ -221,7 +236,7 @@ class _Rewriter:
         node.input[2] = self._parameter(derived if derived_source else source, derived, bias)
 
     def _dense(self, node: onnx.NodeProto) -> None:
-        """Turn a product with a constant matrix into `Gemm` with weights [out, in] and neither alpha nor beta."""
+        """Turn a product with a constant matrix into `Gemm` with weights [out, in], alpha and beta 1."""
         weight = self._constant(node, 1)
         known = self.types.get(node.input[0])
         rank = len(known.shape.dim) if known is not None and known.HasField("shape") else None
@@ -260,7 +275,10 @@ class _Rewriter:
     def _parameter(self, source: str, derived: str, value: np.ndarray) -> str:
         """Make a parameter: named as in the file if that name says something and is free, else `derived`."""
         candidates = [source, self.origin.get(source, ""), derived]
-        names: Iterable[str] = (*candidates, *(f"{derived}_{count}" for count in range(2, len(self.parameters) + 3)))
+        names: Iterable[str] = (
+            *candidates,
+            *(f"{derived}_{count}" for count in range(2, len(self.parameters) + 3)),
+        )
         free = (name for name in names if name not in self.parameters and not (_ANONYMOUS.fullmatch(name)))
         name = next(free, f"parameter_{len(self.parameters)}")
         self.parameters[name] = np.ascontiguousarray(value)

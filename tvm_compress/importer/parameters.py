@@ -52,7 +52,8 @@ def check_finite(values: Mapping[str, np.ndarray]) -> None:
     for name, value in values.items():
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             raise ModelError(
-                f"The parameter {name!r} holds {int((~np.isfinite(value)).sum())} values that are NaN or infinite.",
+                f"The parameter {name!r} holds {np.count_nonzero(~np.isfinite(value))} values "
+                "that are NaN or infinite.",
                 "Train the model again, or load a checkpoint from before it diverged.",
             )
 
@@ -67,7 +68,9 @@ def _fix_batch(function: relax.Function) -> relax.Function:
         function = function.bind_symbolic_vars({shape[0]: 1})
     extents: Sequence = function.params[0].ty.shape
     if not all(isinstance(extent, tvm.tirx.IntImm) for extent in extents):
-        raise ModelError(f"The input {data.name!r} has a variable extent: {extents}.", "Export it with a fixed size.")
+        raise ModelError(
+            f"The input {data.name!r} has a variable extent: {extents}.", "Export it with a fixed size."
+        )
     if int(extents[0]) != 1:
         raise ModelError(
             f"The model is fixed to batches of {int(extents[0])} images.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def export_module(module: torch.nn.Module, example_inputs: Sequence[torch.Tensor
         with torch.no_grad():
             return torch.export.export(module, one_image)
     except Exception as error:  # torch.export raises whatever the module's code raises
-        raise ModelError(f"torch.export cannot export {type(module).__name__}: {_first_line(error)}.") from error
+        raise ModelError(
+            f"torch.export cannot export {type(module).__name__}: {_first_line(error)}."
+        ) from error
     finally:
         for child, training in modes.items():
             child.training = training
@@ -42,6 +45,9 @@ def read_exported_program(path: Path) -> ExportedProgram:
     """Read a `.pt2` file that `torch.export.save` wrote; ModelError if it cannot be read."""
     if not path.is_file():
         raise ModelError(f"{path} does not exist.")
+    if not zipfile.is_zipfile(path):
+        # torch would log a page of its own before it fails.
+        raise ModelError(f"{path} is not a readable exported program: it is no archive, or was cut short.")
     try:
         return torch.export.load(path)
     except Exception as error:  # zip, JSON and schema errors of many types
@@ -54,7 +60,7 @@ def read_exported_program(path: Path) -> ExportedProgram:
 def import_exported_program(program: ExportedProgram) -> tvm.IRModule:
     """Turn an exported program into a Relax module whose parameters bear their state_dict names.
 
-    Running statistics of batch norm become parameters too, where TVM's importer would embed them as constants.
+    Running statistics of batch norm become parameters too; TVM's importer alone would embed them as constants.
 
     Raises
     ------
@@ -65,6 +71,7 @@ def import_exported_program(program: ExportedProgram) -> tvm.IRModule:
     """
     program = program.run_decompositions()
     _check_operators(program)
+    _check_types(program)
     specs = program.graph_signature.input_specs
     buffers = dict(program.named_buffers())
     for index, spec in enumerate(specs):
@@ -88,6 +95,14 @@ def _check_operators(program: ExportedProgram) -> None:
             raise UnsupportedOperatorError(
                 f"The operator {node.target.__name__!r} of layer {_layer(node)!r} is not supported.",
                 "Replace it in the module, then import again.",
+            )
+
+
+def _check_types(program: ExportedProgram) -> None:
+    for name, value in program.named_parameters():
+        if value.dtype != torch.float32:
+            raise ModelError(
+                f"The parameter {name!r} is {value.dtype}, not float32.", "Call module.float() first."
             )
 
 

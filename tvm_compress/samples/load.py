@@ -47,7 +47,10 @@ def load_sample_data(name: str) -> Split:
     with resource.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         sets = {
             part: Dataset(
-                archive[f"x_{part}"], archive[f"y_{part}"].astype(np.int64), tuple(facts["class_names"]), normalization
+                archive[f"x_{part}"],
+                archive[f"y_{part}"].astype(np.int64),
+                tuple(facts["class_names"]),
+                normalization,
             )
             for part in ("train", "validation", "test")
         }
@@ -58,9 +61,13 @@ def sample_module(name: str) -> torch.nn.Module:
     """Return a sample as a torch module with its trained weights, in evaluation mode."""
     _check_name(name)
     module = _NETWORKS[name]()
-    tensors = safetensors.torch.load(files("tvm_compress.samples").joinpath(f"{name}.safetensors").read_bytes())
+    tensors = safetensors.torch.load(
+        files("tvm_compress.samples").joinpath(f"{name}.safetensors").read_bytes()
+    )
     # The count of training batches is of no use and is not shipped.
-    counters = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
+    counters = {
+        key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")
+    }
     module.load_state_dict({**tensors, **counters})
     return module.eval()
 
