@@ -60,7 +60,9 @@ class _Folder:
         self._uses = Counter(arg for _, value in self._bindings for arg in tensors(value))
         self._uses.update(tensors(self._function.body.body))
         # Item 0 of a batch norm -> how it is folded.
-        self.found = {var: match for var, value in self._bindings if (match := self._match(value)) is not None}
+        self.found = {
+            var: match for var, value in self._bindings if (match := self._match(value)) is not None
+        }
 
     def _match(self, value: relax.Expr) -> _Match | None:
         if not isinstance(value, relax.TupleGetItem) or value.index != 0:
@@ -70,7 +72,9 @@ class _Folder:
         if operator(call) != "relax.nn.batch_norm" or self._uses[norm] != 1:
             return None
         data = call.args[0]
-        if int(call.attrs.axis) != len(data.ty.shape) - 1 or any(a not in self._parameters for a in call.args[1:]):
+        if int(call.attrs.axis) != len(data.ty.shape) - 1 or any(
+            a not in self._parameters for a in call.args[1:]
+        ):
             return None
         made, bias = data, None
         added = self._defined.get(data)
@@ -112,7 +116,9 @@ class _Folder:
     def _fold(self, match: _Match) -> relax.Var:
         """Change the values of a site's weight and bias; give the bias, a new parameter if it had none."""
         weight = self._values[match.weight.name].astype(np.float64)
-        gamma, beta, mean, variance = (self._values[arg.name].astype(np.float64) for arg in match.call.args[1:])
+        gamma, beta, mean, variance = (
+            self._values[arg.name].astype(np.float64) for arg in match.call.args[1:]
+        )
         factor = gamma / np.sqrt(variance + float(match.call.attrs.epsilon))
         bias = match.bias
         before = 0.0 if bias is None else self._values[bias.name].astype(np.float64)

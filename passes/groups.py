@@ -226,14 +226,16 @@ class _Analysis:
         return channels
 
     def _conv2d(self, call: relax.Call) -> _Channels | None:
-        found, data = self._site(call), self.channels_of(call.args[0])
-        if found is None or data is None or data.axis != 3:
+        found = self._site(call)
+        if found is None:
             return self._freeze_call(call)
         site, weight = found
+        data = self._read(call, 3)
         if site.groups == 1:
-            self._cut(weight, 1, data)
+            if data is not None:
+                self._cut(weight, 1, data)
             return self._produce(site, weight, 3)
-        if site.groups == site.in_channels == site.out_channels:
+        if site.groups == site.in_channels == site.out_channels and data is not None:
             made = self._produce(site, weight, 3)
             return self._align(made, data, f"the depthwise convolution {site.name} joins them out of line")
         reason = f"{site.name} is a grouped convolution"
@@ -241,13 +243,21 @@ class _Analysis:
         return self._produce(site, weight, 3, reason)
 
     def _matmul(self, call: relax.Call) -> _Channels | None:
-        found, data = self._site(call), self.channels_of(call.args[0])
-        last = len(call.ty.shape) - 1
-        if found is None or data is None or data.axis != last:
+        found = self._site(call)
+        if found is None:
             return self._freeze_call(call)
-        site, weight = found
-        self._cut(weight, 1, data)
-        return self._produce(site, weight, last)
+        last = len(call.ty.shape) - 1
+        data = self._read(call, last)
+        if data is not None:
+            self._cut(found[1], 1, data)
+        return self._produce(*found, last)
+
+    def _read(self, call: relax.Call, axis: int) -> _Channels | None:
+        """Give the channels that a site reads along an axis; frozen and None where they stand elsewhere."""
+        data = self.channels_of(call.args[0])
+        if data is None or data.axis == axis:
+            return data
+        return self._freeze_call(call)
 
     def _align(self, a: _Channels, b: _Channels, reason: str) -> _Channels:
         """Unite two tensors' channels one by one, or freeze both where they do not stand in line."""
