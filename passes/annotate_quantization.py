@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_compress.errors import ModelError, PolicyError
+from tvm_compress.passes.graph import bindings, operator, tensors
 from tvm_compress.passes.params import parameter_vars, require_stage, with_main, with_stage
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.quantization import QuantizationParameters, activation_parameters
@@ -145,48 +146,26 @@ class AnnotateQuantization:
         return SiteQuantization(site.scheme, site.weight_bits, site.activation_bits, stored, input)
 
 
-def bindings_of(function: relax.Function) -> Iterable[relax.VarBinding]:
-    """Yield the variable bindings of a function in order."""
-    for block in function.body.blocks:
-        yield from block.bindings
-
-
 def site_calls(function: relax.Function) -> list[SiteCall]:
     """Find the sites of a float or annotated function, in order: where they stand, and what they read."""
     weights: dict[relax.Var, relax.Var] = {var: var for var in parameter_vars(function)}
     found = []
-    for binding in bindings_of(function):
-        call = binding.value
-        if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.Op):
-            continue
-        if call.op.name == "relax.permute_dims" and call.args[0] in weights:
-            weights[binding.var] = weights[call.args[0]]  # a dense layer's weights stand as [out, in]
-        elif call.op.name in ("relax.nn.conv2d", "relax.matmul") and call.args[1] in weights:
-            weight = weights[call.args[1]]
-            found.append(SiteCall(site_name(weight.name), binding.var, call.args[0], weight))
+    for var, value in bindings(function):
+        name = operator(value)
+        if name == "relax.permute_dims" and value.args[0] in weights:
+            weights[var] = weights[value.args[0]]  # a dense layer's weights stand as [out, in]
+        elif name in ("relax.nn.conv2d", "relax.matmul") and value.args[1] in weights:
+            weight = weights[value.args[1]]
+            found.append(SiteCall(site_name(weight.name), var, value.args[0], weight))
     return found
 
 
-def count_uses(function: relax.Function) -> Counter[relax.Var]:
+def count_uses(function: relax.Function) -> Counter[relax.Expr]:
     """Count, for each variable, the bindings that read it, and the function's result."""
-    counts: Counter[relax.Var] = Counter()
-    results = [binding.value for binding in bindings_of(function)] + [function.body.body]
-    for value in results:
-        counts.update(set(_variables(value)))
+    counts: Counter[relax.Expr] = Counter()
+    for value in [*(value for _, value in bindings(function)), function.body.body]:
+        counts.update({expr for expr in tensors(value) if isinstance(expr, relax.Var)})
     return counts
-
-
-def _variables(expr: relax.Expr) -> Iterable[relax.Var]:
-    if isinstance(expr, relax.Var):
-        yield expr
-    elif isinstance(expr, relax.Call):
-        for arg in expr.args:
-            yield from _variables(arg)
-    elif isinstance(expr, relax.Tuple):
-        for field in expr.fields:
-            yield from _variables(field)
-    elif isinstance(expr, relax.TupleGetItem):
-        yield from _variables(expr.tuple_value)
 
 
 def quantization_to_json(sites: Mapping[str, SiteQuantization]) -> str:

@@ -9,10 +9,10 @@ from tvm import IRModule, relax
 from tvm_compress.errors import ModelError
 from tvm_compress.passes.annotate_quantization import (
     SiteCall,
-    bindings_of,
     quantization_of,
     site_calls,
 )
+from tvm_compress.passes.graph import bindings, substitute
 from tvm_compress.passes.params import get_params, require_stage, with_main, with_stage, with_values
 from tvm_compress.passes.quantization import QuantizationParameters, weight_limit, weight_scale
 from tvm_compress.schedules import ops
@@ -102,8 +102,8 @@ class _Inserter:
             with self.builder.dataflow():
                 for tensor in self.function.params:
                     self._define(tensor, tensor)
-                for binding in bindings_of(self.function):
-                    self._visit(binding)
+                for var, value in bindings(self.function):
+                    self._visit(var, value)
                 result = substitute(self.function.body.body, self.replaced)
                 if isinstance(result, relax.DataflowVar):
                     result = self.builder.emit_output(result)
@@ -115,18 +115,17 @@ class _Inserter:
         view = self.shared.get(old)
         self.replaced[old] = new if view is None else self._fake(new, view)
 
-    def _visit(self, binding: relax.VarBinding) -> None:
-        value = binding.value
+    def _visit(self, var: relax.Var, value: relax.Expr) -> None:
         if isinstance(value, relax.Call):
             for arg in value.args:
                 if isinstance(arg, relax.Var) and arg in self.by_weight:
                     self.replaced[arg] = self._fake_weight(self.by_weight[arg])
         value = substitute(value, self.replaced)
-        if binding.var in self.own:
-            value = with_args(value, [self._fake(value.args[0], self.own[binding.var]), *value.args[1:]])
-        inner = isinstance(binding.var, relax.DataflowVar)
+        if var in self.own:
+            value = with_args(value, [self._fake(value.args[0], self.own[var]), *value.args[1:]])
+        inner = isinstance(var, relax.DataflowVar)
         emit = self.builder.emit if inner else self.builder.emit_output
-        self._define(binding.var, emit(value, name_hint=binding.var.name))
+        self._define(var, emit(value, name_hint=var.name))
 
     def _fake(self, x: relax.Expr, view: _View) -> relax.Var:
         """Emit dequantize(clip(quantize(x)))."""
@@ -150,16 +149,3 @@ class _Inserter:
 def with_args(call: relax.Call, args: list[relax.Expr]) -> relax.Call:
     """Return the same call of other arguments."""
     return relax.Call(call.op, args, call.attrs, call.ty_args, call.span)
-
-
-def substitute(expr: relax.Expr, replaced: dict[relax.Var, relax.Expr]) -> relax.Expr:
-    """Return an expression of a binding with its variables replaced; a variable that is not named stays."""
-    if isinstance(expr, relax.Var):
-        return replaced.get(expr, expr)
-    if isinstance(expr, relax.Call):
-        return with_args(expr, [substitute(arg, replaced) for arg in expr.args])
-    if isinstance(expr, relax.Tuple):
-        return relax.Tuple([substitute(field, replaced) for field in expr.fields])
-    if isinstance(expr, relax.TupleGetItem):
-        return relax.TupleGetItem(substitute(expr.tuple_value, replaced), expr.index)
-    return expr

@@ -9,7 +9,8 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_compress.errors import ModelError
-from tvm_compress.passes.annotate_quantization import bindings_of
+from tvm_compress.passes.annotate_quantization import QUANTIZATION
+from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import with_args
 from tvm_compress.passes.integer_values import Clamp, Float, Layer, Mean, Moved, Quantized, Sum, Value, Writer
 from tvm_compress.passes.params import get_params, num_inputs, require_stage, with_main, with_stage
@@ -118,11 +119,11 @@ class _Realizer:
             self.values[var] = _Parameter(var.name, self.params[var.name])
         with self.builder.function("main", inputs):
             with self.builder.dataflow():
-                for binding in bindings_of(self.function):
-                    self.values[binding.var] = self._visit(binding.value)
+                for var, value in bindings(self.function):
+                    self.values[var] = self._visit(value)
                 result = self.builder.emit_output(self._expr(self.function.body.body))
             self.builder.emit_func_output(result)
-        dropped = ("params", "tvm_compress.quantization")
+        dropped = ("params", QUANTIZATION)
         attrs = {name: value for name, value in self.function.attrs.items() if name not in dropped}
         return self.builder.finalize()["main"].with_attrs(attrs)
 
@@ -135,11 +136,10 @@ class _Realizer:
             whole = self.values[expr.tuple_value]
             if isinstance(whole, _Items) and expr.index < len(whole.items):
                 return whole.items[expr.index]
-        if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op):
-            handler = self.handlers.get(expr.op.name)
-            value = None if handler is None else handler(expr)
-            if value is not None:
-                return value
+        handler = self.handlers.get(operator(expr))
+        value = None if handler is None else handler(expr)
+        if value is not None:
+            return value
         return Float(self.builder.emit(self._expr(expr)))
 
     def _value(self, expr: relax.Expr) -> Value:

@@ -8,6 +8,7 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_compress.passes.annotate_quantization import site_calls
+from tvm_compress.passes.graph import bindings, operator, weight_parameter
 from tvm_compress.passes.params import get_params
 from tvm_compress.passes.sites import site_name
 
@@ -142,23 +143,21 @@ def run(module: IRModule, x: np.ndarray, watch: Watch | None = None) -> np.ndarr
             return expr.value.numpy()
         return float(expr.value)
 
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            value = value_of(binding.value)
-            env[binding.var] = value if watch is None else watch(binding.var, value)
+    for var, expr in bindings(function):
+        value = value_of(expr)
+        env[var] = value if watch is None else watch(var, value)
     return env[function.body.body]
 
 
 def calls(module: IRModule, name: str) -> list[relax.Call]:
     """All calls of an operator, in order."""
-    values = [binding.value for block in module["main"].body.blocks for binding in block.bindings]
-    return [v for v in values if isinstance(v, relax.Call) and v.op.name == name]
+    return [value for _, value in bindings(module["main"]) if operator(value) == name]
 
 
 def operators(module: IRModule) -> list[str]:
     """Names of all operators, in order."""
-    values = [binding.value for block in module["main"].body.blocks for binding in block.bindings]
-    return [v.op.name.removeprefix("relax.") for v in values if isinstance(v, relax.Call)]
+    names = [operator(value) for _, value in bindings(module["main"])]
+    return [name.removeprefix("relax.") for name in names if name]
 
 
 def calibrate(module: IRModule, x: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -176,7 +175,7 @@ def calibrate(module: IRModule, x: np.ndarray) -> dict[str, tuple[float, float]]
 
 
 def site_inputs(module: IRModule, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Integers that each site of an integer module reads."""
+    """Integers that each site of an integer module reads; under "SITE stored" what it requantizes from."""
     values: dict[relax.Var, np.ndarray] = {}
 
     def watch(var: relax.Var, value: np.ndarray) -> np.ndarray:
@@ -185,7 +184,15 @@ def site_inputs(module: IRModule, x: np.ndarray) -> dict[str, np.ndarray]:
 
     run(module, x, watch)
     sites = calls(module, "tvm_compress.conv2d") + calls(module, "tvm_compress.dense")
-    return {str(call.attrs["site"]): values[call.args[0]] for call in sites}
+    found = {str(call.attrs["site"]): values[call.args[0]] for call in sites}
+    defined = dict(bindings(module["main"]))
+    for call in sites:
+        expr = call.args[0]
+        while operator(defined.get(expr)) in ("tvm_compress.requantize", "relax.subtract"):
+            expr = defined[expr].args[0]
+        if operator(defined.get(expr)) == "relax.astype":
+            found[f"{call.attrs['site']} stored"] = values[defined[expr].args[0]]
+    return found
 
 
 def run_forced(
@@ -196,15 +203,20 @@ def run_forced(
     Returns its result, and for each site by how many steps its own integers differ at most. So each layer is
     compared on the same input, and differences do not add up over the layers.
     """
-    bindings = {b.var: b.value for block in qdq["main"].body.blocks for b in block.bindings}
-    weights = {var: var.name for var in qdq["main"].params[1:]}
-    for var, value in bindings.items():
-        if isinstance(value, relax.Call) and value.args[0] in weights:
-            weights[var] = weights[value.args[0]]
+    defined = dict(bindings(qdq["main"]))
+    # Dequantized tensor -> the sites that read it, and those that quantize it a second time.
     sites: dict[relax.Var, list[str]] = {}
-    for value in bindings.values():
-        if isinstance(value, relax.Call) and value.op.name in ("relax.nn.conv2d", "relax.matmul"):
-            sites.setdefault(value.args[0], []).append(site_name(weights[value.args[1]]))
+    for value in defined.values():
+        if operator(value) in ("relax.nn.conv2d", "relax.matmul"):
+            weight = weight_parameter(value.args[1], defined, qdq["main"])
+            assert weight is not None
+            name = site_name(weight.name)
+            sites.setdefault(value.args[0], []).append(name)
+            expr = value.args[0]
+            for wanted in ("relax.dequantize", "relax.clip", "relax.quantize"):
+                expr = defined[expr].args[0] if operator(defined.get(expr)) == wanted else None
+            if expr is not None:
+                sites.setdefault(expr, []).append(f"{name} stored")
     params = get_params(qdq)
     differences: dict[str, int] = {}
     values: dict[relax.Var, np.ndarray] = {}
@@ -214,7 +226,7 @@ def run_forced(
         names = [name for name in sites.get(var, []) if name in integers]
         if not names:
             return value
-        call = bindings[var]
+        call = defined[var]
         own, wanted = values[call.args[0]].astype(int), integers[names[0]].astype(int)
         for name in names:
             differences[name] = int(np.abs(own - integers[name]).max())
