@@ -75,7 +75,7 @@ class Build:
         function = relax.Function(
             [self.x, *self.variables], function.body, function.ret_ty, attrs=function.attrs
         )
-        values = [tvm.runtime.tensor(np.ascontiguousarray(value)) for value in self.values]
+        values = [tvm.runtime.tensor(np.array(value, order="C")) for value in self.values]
         function = function.with_attr("num_input", 1).with_attr("params", values).with_attr(STAGE, self.stage)
         module = tvm.IRModule({"main": function})
         relax.analysis.well_formed(module)
