@@ -23,7 +23,7 @@ from tvm_compress.rpc.device import (
     MeasurementSettings,
     Session,
 )
-from tvm_compress.rpc.elf import read_code
+from tvm_compress.rpc.elf import Code, read_code
 from tvm_compress.rpc.emulation_kit import SYSROOT, EmulationKit, prepare
 from tvm_compress.rpc.program import Callee, Kernel, Program
 from tvm_compress.rpc.worker import Worker
@@ -92,22 +92,22 @@ class EmulatedSession(WorkerSession):
         with _counting_worker(self._kit) as worker:
             program = Program(worker, library, self.settings.timeout_s)
             program.set_inputs(inputs)
-            return self._count(worker, program, library, 0)
+            return self._count(worker, program, read_code(library), 0)
 
     def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""
         limit, path = self.settings.timeout_s, Path(library)
         results: dict[str, LatencyResult] = {}
         with contextlib.ExitStack() as stack:
-            loaded: list[tuple[Worker, tvm.runtime.Module, str]] = []
+            loaded: list[tuple[Worker, tvm.runtime.Module, str, Code]] = []
 
             def count(name: str) -> LatencyResult:
                 if not loaded:
                     worker = stack.enter_context(_counting_worker(self._kit))
-                    loaded.append((worker, *worker.load(path, limit)))
-                worker, module, file = loaded[0]
+                    loaded.append((worker, *worker.load(path, limit), read_code(path)))
+                worker, module, file, code = loaded[0]
                 kernel = Kernel(worker, module, file, name, kernels[name], limit)
-                return self._count(worker, kernel, path, len(results))
+                return self._count(worker, kernel, code, len(results))
 
             for name in kernels:
                 results[name] = self._as_value(lambda n=name: count(n))  # type: ignore[misc]
@@ -116,9 +116,8 @@ class EmulatedSession(WorkerSession):
                     stack.close()
         return results
 
-    def _count(self, worker: Worker, callee: Callee, library: Path, index: int) -> LatencyResult:
+    def _count(self, worker: Worker, callee: Callee, code: Code, index: int) -> LatencyResult:
         limit = self.settings.timeout_s
-        code = read_code(library)
         base = worker.call("Finding the code", limit, _remote(worker, "base_address"), callee.file)
         worker.call("Counting", limit, _remote(worker, "count_begin"))
         callee.invoke()

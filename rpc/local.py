@@ -15,6 +15,7 @@ import tvm
 import tvm_ffi
 from tvm.libinfo import find_libtvm_runtime
 
+from tvm_compress.errors import SettingError
 from tvm_compress.rpc import serve_local
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
@@ -28,6 +29,9 @@ from tvm_compress.rpc.device import (
 from tvm_compress.rpc.program import Callee, Kernel, Program
 from tvm_compress.rpc.worker import Worker
 from tvm_compress.rpc.worker_session import WorkerSession
+
+#: TVM has room for 32 sessions in a process, and each candidate has one while it is measured.
+MOST_CANDIDATES = 24
 
 
 class LocalDevice(Device):
@@ -68,8 +72,12 @@ class LocalSession(WorkerSession):
         super().__init__(settings, lambda: _start_worker(settings.threads))
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
-        """See `Session.time_many`."""
-        # TVM has room for 32 sessions in a process; these are open at the same time.
+        """See `Session.time_many`; raises SettingError for more than MOST_CANDIDATES."""
+        if len(candidates) > MOST_CANDIDATES:
+            raise SettingError(
+                f"At most {MOST_CANDIDATES} libraries can be measured interleaved, not {len(candidates)}.",
+                "Measure them in groups, each with the reference.",
+            )
         with contextlib.ExitStack() as workers:
 
             def prepare(library: Path, inputs: Any) -> Callee:

@@ -71,14 +71,16 @@ class Program:
         self._call("Running", self._machine.invoke_stateful, "main")
 
     def outputs(self) -> list[np.ndarray]:
-        """Fetch what the last call gave, a tuple's fields in order."""
+        """Fetch what the last call gave, the fields of a tuple (or of tuples in it) in order."""
+        return self._call("Reading the outputs of", self._fetch)
 
-        def fetch() -> list[np.ndarray]:
-            # A direct call would give a tuple as a reference that cannot be read over RPC.
-            values = self._machine.get_outputs("main")
-            return [value.numpy() for value in (values if isinstance(values, tuple) else (values,))]
-
-        return self._call("Reading the outputs of", fetch)
+    def _fetch(self, *place: int) -> list[np.ndarray]:
+        # A direct call would give a tuple as a reference that cannot be read over RPC, and TVM's own
+        # `get_outputs` leaves a reference cycle that keeps the session open.
+        fields = self._machine.module["get_output_arity"]("main", *place)
+        if fields < 0:
+            return [self._machine.module["get_output"]("main", *place).numpy()]
+        return [value for field in range(fields) for value in self._fetch(*place, field)]
 
     def evaluate(self, number: int) -> float:
         """See `Callee.evaluate`."""

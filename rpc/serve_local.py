@@ -1,7 +1,8 @@
 """The local device's worker process: serves one TVM RPC session with TVM's runtime alone.
 
-Run as a script, `python -P serve_local.py RUNTIME... LISTENING_FD KEY DIRECTORY`, with the paths of TVM's
-runtime libraries: importing TVM itself would take seconds, and the runtime is all that a session needs.
+Run as a script, `python -P serve_local.py RUNTIME... LISTENING_FD DIRECTORY`, with the paths of TVM's runtime
+libraries: importing TVM itself would take seconds, and the runtime is all that a session needs. The key that
+the client must say is in the environment, because everybody on a machine can read the arguments.
 """
 
 import ctypes
@@ -43,7 +44,7 @@ def greet(listening: socket.socket, key: str) -> socket.socket:
 
 def main(arguments: list[str]) -> None:
     """Serve one session and return when the client ends it."""
-    *runtimes, descriptor, key, directory = arguments
+    *runtimes, descriptor, directory = arguments
     # tvm_ffi imports torch where there is one, which takes seconds and is of no use here.
     sys.modules["torch"] = None  # type: ignore[assignment]
     import tvm_ffi
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> None:
     tvm_ffi.register_global_func("tvm.rpc.server.workpath", work_path, override=True)
     tvm_ffi.register_global_func("tvm.rpc.server.load_module", load_module, override=True)
     with socket.socket(fileno=int(descriptor)) as listening:
-        connection = greet(listening, key)
+        connection = greet(listening, os.environ["TVM_COMPRESS_RPC_KEY"])
     tvm_ffi.get_global_func("rpc.ServerLoop")(connection.detach())
 
 

@@ -38,8 +38,9 @@ _QUOTED_BYTES = 600
 class Worker:
     """A process that serves one RPC session, and the client's end of that session.
 
-    The command is started with three further arguments: an inherited listening socket's number, the key
-    that the client will greet with, and a directory for its files. It accepts one client and serves it.
+    The command is started with two further arguments, an inherited listening socket's number and a directory
+    for its files, and with the key that the client will greet with as TVM_COMPRESS_RPC_KEY in its
+    environment. It accepts one client and serves it.
 
     Parameters
     ----------
@@ -57,6 +58,7 @@ class Worker:
     def __init__(self, command: Callable[[Path], Sequence[str]], environment: Mapping[str, str]) -> None:
         self._expired = False
         self._closed = False
+        self._failed = False
         self.directory = Path(tempfile.mkdtemp(prefix="tvm_compress-"))
         self._log = self.directory / "worker.log"
         key = secrets.token_hex(16)
@@ -84,12 +86,12 @@ class Worker:
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [*command, str(listening), key, str(self.directory)],
+                    [*command, str(listening), str(self.directory)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     cwd=self.directory,
-                    env=dict(environment),
+                    env={**environment, "TVM_COMPRESS_RPC_KEY": key},
                     pass_fds=[listening, inherited],
                     start_new_session=True,
                 )
@@ -126,6 +128,7 @@ class Worker:
         self._kill()
 
     def _failure(self, what: str, limit: float, text: str) -> DeviceFailedError:
+        self._failed = True
         if not self._expired and self._answers():
             return DeviceFailedError("unsupported", f"{what} failed: {text}")
         self._kill()
@@ -200,8 +203,9 @@ class Worker:
         self._process.wait()
         os.close(self._life_line)
         self.remote = None
-        # Remote objects in reference cycles would keep the dead session's slot in TVM's table of 32.
-        gc.collect()
+        if self._failed:
+            # What an exception left in reference cycles would keep the session's place in TVM's table of 32.
+            gc.collect()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _kill(self) -> None:

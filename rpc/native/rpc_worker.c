@@ -1,9 +1,10 @@
 /* Serves one TVM RPC session on a board that has no Python: waits for one client, then runs TVM's own loop.
  *
- * usage: rpc_worker LISTENING_FD KEY DIRECTORY
+ * usage: TVM_COMPRESS_RPC_KEY=KEY rpc_worker LISTENING_FD DIRECTORY
  *
- * LISTENING_FD is an inherited listening socket, KEY what the client must say in its greeting, DIRECTORY where
- * uploaded files go. Only the C interface of tvm-ffi is used, so no C++ compiler is needed.
+ * LISTENING_FD is an inherited listening socket, DIRECTORY where uploaded files go, KEY what the client must say in
+ * its greeting; it is in the environment because everybody on a machine can read the arguments. Only the C interface
+ * of tvm-ffi is used, so no C++ compiler is needed.
  *
  * Functions for the client besides those of TVM's runtime:
  *   tvm_compress.base_address(file) -> int   where an uploaded library was loaded
@@ -210,12 +211,13 @@ static int greet(int listening, const char *key) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 4) {
-    fprintf(stderr, "usage: rpc_worker LISTENING_FD KEY DIRECTORY\n");
+  const char *key = getenv("TVM_COMPRESS_RPC_KEY");
+  if (argc != 3 || key == NULL) {
+    fprintf(stderr, "usage: TVM_COMPRESS_RPC_KEY=KEY rpc_worker LISTENING_FD DIRECTORY\n");
     return EXIT_FAILURE;
   }
   int listening = atoi(argv[1]);
-  directory = argv[3];
+  directory = argv[2];
   register_function("tvm.rpc.server.workpath", workpath);
   register_function("tvm.rpc.server.load_module", load_module);
   register_function("tvm_compress.base_address", base_address);
@@ -223,7 +225,7 @@ int main(int argc, char **argv) {
   register_function("tvm_compress.count_end", count_end);
   TVMFFIAny fd = {0}, result = {0};
   fd.type_index = kTVMFFIInt;
-  fd.v_int64 = greet(listening, argv[2]);
+  fd.v_int64 = greet(listening, key);
   close(listening);
   if (TVMFFIFunctionCall(global_function("rpc.ServerLoop"), &fd, 1, &result) != 0) fail_with_raised("ServerLoop");
   return EXIT_SUCCESS;

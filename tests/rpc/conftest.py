@@ -1,5 +1,9 @@
 """Small libraries for both devices, built once per run."""
 
+# TVMScript: its functions have no `self`, and its annotations are calls.
+# ruff: noqa: N805
+# mypy: disable-error-code="valid-type"
+
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
+
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
 
@@ -137,7 +142,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def assemble(tmp_path: Path) -> Callable[[str], Path]:
-    """Make an aarch64 library with a kernel `hand` of the given assembly, which may use x9 to x15 and v0 to v7."""
+    """Make an aarch64 library with a kernel `hand` of the given assembly, free to use x9-x15 and v0-v7."""
 
     def assemble(body: str) -> Path:
         source, library = tmp_path / "hand.s", tmp_path / "hand.so"

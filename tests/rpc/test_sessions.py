@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tvm_compress.errors import DeviceError
+
+from tvm_compress.errors import DeviceError, SettingError
 from tvm_compress.rpc.device import Device, MeasurementSettings, open_device
-from tvm_compress.rpc.measure import measure
+from tvm_compress.rpc.measure import latency_ratio, measure
 
 PERSISTENCE_LIMIT_S = 20.0
 
@@ -210,6 +211,7 @@ def test_processes_end_with_whoever_started_them():
         "time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
         pid, directory = parent.stdout.readline().split()
         os.kill(int(pid), 0)
         parent.send_signal(signal.SIGKILL)
@@ -245,12 +247,30 @@ def test_measure_compares_with_the_reference(bench, rng):
     libraries = {"dense": library, "small": library, "gone": Path("gone.so")}
     measured = measure(bench.session, libraries, layers_inputs(rng), reference="dense")
     assert measured["dense"].ratio == 1.0
-    assert measured["small"].ratio > 0
+    assert measured["small"].ratio == latency_ratio(measured["small"].result, measured["dense"].result)
     assert measured["gone"].ratio is None
-    assert measured["gone"].result.error[0] == "build"
+    assert not measured["gone"].result.ok
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(DeviceError, match="`local` or `emulated-a72`"):
         open_device("toaster")
     assert isinstance(open_device("local", threads=2), Device)
+
+
+def test_the_key_is_not_for_everybody(bench):
+    session = bench.session
+    worker = session._start()
+    try:
+        arguments = Path(f"/proc/{worker._process.pid}/cmdline").read_bytes()
+        environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
+        key = dict(e.split(b"=", 1) for e in environment.split(b"\0") if e)[b"TVM_COMPRESS_RPC_KEY"]
+        assert len(key) == 32
+        assert key not in arguments
+    finally:
+        worker.close()
+
+
+def test_too_many_to_interleave_is_refused(tmp_path):
+    with open_device("local").open() as session, pytest.raises(SettingError, match="not 25"):
+        session.time_many({str(i): (tmp_path, []) for i in range(25)})

@@ -1,0 +1,124 @@
+"""The store keeps every measurement apart by device, unit and settings, and survives damage and company."""
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from tvm_compress.errors import StudyError
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings
+from tvm_compress.rpc.store import SCHEMA_VERSION, MeasurementStore
+
+SETTINGS = MeasurementSettings()
+
+
+def latency(value, unit="seconds", settings=SETTINGS):
+    return LatencyResult.from_samples([value], unit, settings, {"conv": value})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "study" / "measurements.sqlite"
+
+
+def test_what_is_put_is_got_by_another_store(path):
+    MeasurementStore(path).put("k", "local", latency(1.5), {"machine": "m"})
+    store = MeasurementStore(path)
+    assert store.get("k", "local") == latency(1.5)
+    assert store.get("k", "board") is None
+    assert store.get("other", "local") is None
+    (row,) = store.rows()
+    assert row["provenance"] == {"machine": "m"}
+    assert row["result"] == latency(1.5)
+    assert row["measured_at"] > 0
+
+
+def test_the_newest_answers_and_nothing_is_lost(path):
+    store = MeasurementStore(path)
+    store.put("k", "local", latency(1.0), {})
+    store.put("k", "local", latency(2.0), {})
+    assert store.get("k", "local") == latency(2.0)
+    assert len(store) == 2
+
+
+def test_units_and_settings_are_kept_apart(path):
+    store, many = MeasurementStore(path), replace(SETTINGS, repeat=50)
+    store.put("k", "d", latency(1.0), {})
+    store.put("k", "d", latency(9.0, "estimated_cycles"), {})
+    store.put("k", "d", latency(3.0, settings=many), {})
+    assert store.get("k", "d", unit="estimated_cycles") == latency(9.0, "estimated_cycles")
+    assert store.get("k", "d", unit="seconds", settings=SETTINGS) == latency(1.0)
+    assert store.get("k", "d", settings=many) == latency(3.0, settings=many)
+    assert store.get("k", "d", settings=replace(SETTINGS, repeat=51)) is None
+
+
+def test_failures_are_kept_too(path):
+    failed = LatencyResult.failed("timeout", "too long", "seconds", SETTINGS)
+    MeasurementStore(path).put("k", "local", failed, {})
+    assert MeasurementStore(path).get("k", "local") == failed
+
+
+def test_another_schema_version_is_refused(path):
+    MeasurementStore(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(StudyError, match=f"version {SCHEMA_VERSION + 1}, not {SCHEMA_VERSION}"):
+        MeasurementStore(path)
+
+
+def test_a_database_of_something_else_is_refused(path):
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE cakes (name TEXT)")
+    with pytest.raises(StudyError, match="version 0"):
+        MeasurementStore(path)
+
+
+def test_damaged_files_are_moved_aside_and_named(path):
+    path.parent.mkdir()
+    for ending in ("", "-2"):
+        path.write_bytes(b"not a database, but long enough to be looked at " * 100)
+        with pytest.warns(UserWarning, match=f"{path.name}.corrupt{ending}"):
+            store = MeasurementStore(path)
+        store.put("k", "local", latency(1.0), {})
+        assert store.get("k", "local") == latency(1.0)
+        assert path.with_name(f"{path.name}.corrupt{ending}").read_bytes().startswith(b"not a database")
+
+
+def test_a_file_damaged_in_the_middle_is_found(path):
+    store = MeasurementStore(path)
+    for i in range(200):
+        store.put(f"k{i}", "local", latency(1.0), {"note": "x" * 200})
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.seek(8192)
+        file.write(b"\xff" * 8192)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert len(MeasurementStore(path)) == 0
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="cannot be opened"):
+        MeasurementStore(tmp_path / "file" / "measurements.sqlite")
+    with pytest.raises(StudyError, match="cannot be opened"):
+        MeasurementStore(tmp_path)
+
+
+def test_several_processes_write_at_once(path):
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tvm_compress.rpc.device import LatencyResult, MeasurementSettings\n"
+        "from tvm_compress.rpc.store import MeasurementStore\n"
+        "store = MeasurementStore(Path(sys.argv[1]))\n"
+        "result = LatencyResult.from_samples([1.0], 'seconds', MeasurementSettings())\n"
+        "for i in range(30): store.put(f'{sys.argv[2]}-{i}', 'local', result, {})\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(path), str(i)]) for i in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert len(MeasurementStore(path)) == 90
