@@ -35,8 +35,8 @@ class Observation:
     low, high
         Smallest and largest value (with "moving_average": their moving averages over the batches).
     counts
-        int64 [BINS]: how many values fell into each of equal bins between low and high; empty where the method
-        needs none.
+        int64 [BINS]: how many values fell into each of equal bins between low and high; empty where the
+        method needs none.
     """
 
     low: float
@@ -65,7 +65,9 @@ class Calibration:
 
     def __init__(self, method: str, tensors: Sequence[tuple[tuple[str, ...], Observation]]) -> None:
         if method not in METHODS:
-            raise SettingError(f"Calibration method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}.")
+            raise SettingError(
+                f"Calibration method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}."
+            )
         self.method = method
         self.tensors = tuple(tensors)
         self._of_site = {site: index for index, (sites, _) in enumerate(tensors) for site in sites}
@@ -141,12 +143,12 @@ class Calibration:
             tensors = [_read_tensor(entry) for entry in values["tensors"]]
             return cls(values["method"], tensors)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"The calibration {path} cannot be read: {error!r}.", "Calibrate again.") from error
+            raise DataError(
+                f"The calibration {path} cannot be read: {error!r}.", "Calibrate again."
+            ) from error
 
 
-def calibrate(
-    module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_size: int = 256
-) -> Calibration:
+def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_size: int = 256) -> Calibration:
     """Run `x` [N, C, H, W] (normalised) through a float module and observe the inputs of its sites.
 
     Memory does not grow with N: a first pass finds each tensor's bounds, a second counts a histogram between

@@ -58,8 +58,8 @@ def finetune(
     Parameters
     ----------
     teacher
-        The dense model's twin: the loss becomes 0.7 of the divergence from its softened answers and 0.3 of the
-        cross-entropy.
+        The dense model's twin: the loss becomes 0.7 of the divergence from its softened answers and 0.3 of
+        the cross-entropy.
     augment
         Move each image by up to two pixels each way.
     progress
@@ -77,7 +77,7 @@ def finetune(
     """
     if epochs < 0 or batch_size < 2 or not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise SettingError(
-            f"Cannot train for {epochs} epochs, in batches of {batch_size}, at learning rate {learning_rate}.",
+            f"Cannot train {epochs} epochs in batches of {batch_size} at learning rate {learning_rate}.",
             "Epochs are 0 or more, batches hold 2 images or more, the learning rate is positive.",
         )
     if len(train) < 2:

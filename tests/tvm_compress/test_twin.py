@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tvm_compress.twin_networks import Build, random_resnet8, resnet8_module
 from tvm import relax
 from tvm.ir import assert_structural_equal
 
+from tests.tvm_compress.twin_networks import Build, random_resnet8, resnet8_module
 from tvm_compress.errors import DataError, ModelError, UnsupportedOperatorError
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.twin import Twin
@@ -178,7 +178,9 @@ def test_the_other_operators():
     def make():
         x = b.nhwc(b.x)
         y = b.emit(o.multiply(b.emit(o.sigmoid(x)), b.emit(o.tanh(b.emit(o.nn.silu(x))))))
-        y = b.emit(o.concat([b.emit(o.clip(y, 0, 0.5)), b.emit(o.maximum(x, b.emit(o.minimum(y, x))))], axis=3))
+        y = b.emit(
+            o.concat([b.emit(o.clip(y, 0, 0.5)), b.emit(o.maximum(x, b.emit(o.minimum(y, x))))], axis=3)
+        )
         y = b.emit(o.subtract(y, b.emit(o.divide(y, relax.const(2.0)))))
         y = b.emit(o.nn.batch_flatten(b.emit(o.permute_dims(y, [0, 3, 1, 2]))))
         y = b.emit(o.add(b.emit(o.nn.softmax(y)), b.emit(o.nn.log_softmax(y))))

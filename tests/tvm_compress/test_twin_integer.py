@@ -3,9 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tvm_compress.twin_networks import Build
 from tvm import relax
 
+from tests.tvm_compress.twin_networks import Build
 from tvm_compress.errors import ModelError, UnsupportedOperatorError
 from tvm_compress.schedules import ops
 from tvm_compress.twin import Twin
@@ -21,7 +21,13 @@ def integer_module(channels, size, make_layer, zero_point=-5, dtype="int8"):
 
     def make():
         q = ops.call(
-            "quantize", [b.nhwc(b.x)], scale=INPUT_SCALE, zero_point=zero_point, qmin=low, qmax=high, dtype=dtype
+            "quantize",
+            [b.nhwc(b.x)],
+            scale=INPUT_SCALE,
+            zero_point=zero_point,
+            qmin=low,
+            qmax=high,
+            dtype=dtype,
         )
         return b.emit(make_layer(b, b.emit(q)))
 
@@ -169,8 +175,13 @@ def test_halves_round_away_from_zero():
     def layer(build, q):
         wide = build.emit(relax.op.astype(q, "int32"))
         return ops.call(
-            "requantize", [wide, relax.const(np.array([1], np.int32))],
-            shift=1, zero_point=0, qmin=-128, qmax=127, dtype="int8",
+            "requantize",
+            [wide, relax.const(np.array([1], np.int32))],
+            shift=1,
+            zero_point=0,
+            qmin=-128,
+            qmax=127,
+            dtype="int8",
         )
 
     x = (np.array([-3, -1, 1, 3], np.float32) * INPUT_SCALE).reshape(1, 1, 2, 2)
@@ -191,8 +202,13 @@ def test_pooling_addition_dense_and_dequantization():
         total = build.emit(relax.op.sum(total, [1, 2]))
         narrow = build.emit(
             ops.call(
-                "requantize", [total, relax.const(np.array([1 << 28], np.int32))],
-                shift=30, zero_point=-9, qmin=-128, qmax=127, dtype="int8",
+                "requantize",
+                [total, relax.const(np.array([1 << 28], np.int32))],
+                shift=30,
+                zero_point=-9,
+                qmin=-128,
+                qmax=127,
+                dtype="int8",
             )
         )
         settings = {"zero_point": -9, "scheme": "int8", "activation_bits": 8, "weight_bits": 8, "site": "fc"}
@@ -220,8 +236,14 @@ def test_wide_inputs_are_refused():
         wide = build.emit(relax.op.astype(q, "int32"))
         weights = relax.const(np.ones((1, 1, 1, 1), np.int8)), relax.const(np.zeros(1, np.int32))
         return ops.call(
-            "conv2d", [wide, *weights],
-            strides=[1, 1], padding=[0, 0, 0, 0], dilation=[1, 1], groups=1, zero_point=0, scheme="int8",
+            "conv2d",
+            [wide, *weights],
+            strides=[1, 1],
+            padding=[0, 0, 0, 0],
+            dilation=[1, 1],
+            groups=1,
+            zero_point=0,
+            scheme="int8",
         )
 
     with pytest.raises(UnsupportedOperatorError, match="int32"):

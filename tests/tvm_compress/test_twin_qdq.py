@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tvm_compress.twin_networks import Build, random_resnet8, resnet8_module
 from tvm import relax
 
+from tests.tvm_compress.twin_networks import Build, random_resnet8, resnet8_module
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.twin import Twin
-from tvm_compress.twin.quantized_ops import FAKE_BINARIZE, FAKE_QUANTIZE, fuse_fake_quantization
 from tvm_compress.twin.program import read_program
+from tvm_compress.twin.quantized_ops import FAKE_BINARIZE, FAKE_QUANTIZE, fuse_fake_quantization
 
 
 def one_layer(bits: int, shared: bool = False):
-    """Input [1, 2, 4, 4] through one quantized convolution; `shared`: something else reads the integers too."""
+    """Input [1, 2, 4, 4] through one quantized convolution; `shared`: the integers are read twice."""
     rng = np.random.default_rng(bits)
     w = (rng.normal(size=(3, 2, 3, 3)) * 0.3).astype(np.float32)
     s = np.array([0.05, 0.07, 0.09], np.float32)
@@ -23,15 +23,23 @@ def one_layer(bits: int, shared: bool = False):
         scale = b.param("c.input_scale", np.float32(0.03))
         if shared:
             z = relax.const(3, "int8")
-            q = b.emit(relax.op.clip(b.emit(relax.op.quantize(x, scale, z, axis=-1, out_dtype="int8")), -100, 90))
-            x, other = (b.emit(relax.op.dequantize(q, scale, z, axis=-1, out_dtype="float32")) for _ in range(2))
+            q = b.emit(
+                relax.op.clip(b.emit(relax.op.quantize(x, scale, z, axis=-1, out_dtype="int8")), -100, 90)
+            )
+            x, other = (
+                b.emit(relax.op.dequantize(q, scale, z, axis=-1, out_dtype="float32")) for _ in range(2)
+            )
             x = b.emit(relax.op.maximum(x, other))
         else:
             x = b.fake_quantize(x, scale, 3, -100, 90)
         weight = b.param("c.weight", w)
         scales = b.param("c.weight_scale", s)
         top = 2 ** (bits - 1) - 1
-        quantized = b.fake_binarize(weight, scales) if bits == 1 else b.fake_quantize(weight, scales, 0, -top, top, axis=0)
+        quantized = (
+            b.fake_binarize(weight, scales)
+            if bits == 1
+            else b.fake_quantize(weight, scales, 0, -top, top, axis=0)
+        )
         return b.conv(x, quantized, 1, 1)
 
     return b.finish(make), w, s, top_of(bits)
@@ -58,6 +66,15 @@ def test_values_are_those_of_the_definition(bits, shared):
     np.testing.assert_allclose(Twin(module).predict(x), expected.permute(0, 2, 3, 1), atol=1e-5)
 
 
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def straight_through(x, s, z, low, high):
     """Fake quantization with torch's own derivatives but for the rounding; LSQ's factor comes apart."""
     units = x / s
@@ -76,13 +93,12 @@ def test_gradients_are_those_of_straight_through_estimators():
     target = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32))
     (F.conv2d(inputs, weights, padding=1).permute(0, 2, 3, 1) * target).sum().backward()
     (twin(twin_leaf) * target).sum().backward()
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(twin_leaf.grad, leaf.grad, **close)
-    torch.testing.assert_close(twin.tensors["c.weight"].grad, weight.grad, **close)
+    assert_close(twin_leaf.grad, leaf.grad)
+    assert_close(twin.tensors["c.weight"].grad, weight.grad)
     factor = (18 * top) ** -0.5
-    torch.testing.assert_close(twin.tensors["c.weight_scale"].grad, scales.grad * factor, **close)
+    assert_close(twin.tensors["c.weight_scale"].grad, scales.grad * factor)
     factor = (32 * 103) ** -0.5
-    torch.testing.assert_close(twin.tensors["c.input_scale"].grad, input_scale.grad * factor, **close)
+    assert_close(twin.tensors["c.input_scale"].grad, input_scale.grad * factor)
 
 
 def test_gradients_of_binary_weights_pass_straight_through():
@@ -97,10 +113,12 @@ def test_gradients_of_binary_weights_pass_straight_through():
     binary.requires_grad_()
     inputs = torch.from_numpy(fake(x, np.float32(0.03), 3, -100, 90))
     F.conv2d(inputs, binary, padding=1).square().sum().backward()
-    assert twin.tensors["c.weight"].grad[0, 0, 0, 0] == 0
+    assert gradient_of(twin.tensors["c.weight"])[0, 0, 0, 0] == 0
     rest = torch.ones_like(binary, dtype=torch.bool)
     rest[0, 0, 0, 0] = False
-    torch.testing.assert_close(twin.tensors["c.weight"].grad[rest], binary.grad[rest], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        gradient_of(twin.tensors["c.weight"])[rest], gradient_of(binary)[rest], rtol=1e-4, atol=1e-3
+    )
 
 
 def test_chains_become_one_node_only_where_nothing_else_reads_them():
@@ -118,7 +136,7 @@ def test_chains_become_one_node_only_where_nothing_else_reads_them():
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_weights_of_quantized_sites_learn(bits):
-    """The published tool of the search paper wraps the quantized tensor in a new parameter: its weights never move."""
+    """In the search paper's own tool they never do: it makes each quantized tensor a new parameter."""
     module = resnet8_module(random_resnet8(), bits)
     twin = Twin(module)
     before = get_params(module)
@@ -140,6 +158,6 @@ def test_weights_of_quantized_sites_learn(bits):
     # A binary kernel's scale has no effect before a batch norm, so it has no reason to move.
     endings = (".weight",) if bits == 1 else (".weight", ".weight_scale")
     for name in (site + ending for site in twin.sites for ending in endings):
-        assert twin.tensors[name].grad.abs().sum() > 0
+        assert gradient_of(twin.tensors[name]).abs().sum() > 0
         assert not np.array_equal(after[name], before[name]), name
     assert after["fc.weight_scale"].sum() != before["fc.weight_scale"].sum()

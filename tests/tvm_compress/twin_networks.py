@@ -34,9 +34,7 @@ class Build:
 
     def conv(self, x, w, stride: int = 1, padding: int = 0, **settings) -> relax.Var:
         return self.emit(
-            relax.op.nn.conv2d(
-                x, w, stride, padding, data_layout="NHWC", kernel_layout="OIHW", **settings
-            )
+            relax.op.nn.conv2d(x, w, stride, padding, data_layout="NHWC", kernel_layout="OIHW", **settings)
         )
 
     def dense(self, x, w, b) -> relax.Var:
@@ -51,10 +49,14 @@ class Build:
             self.param(f"{name}.{key}", getattr(layer, key))
             for key in ("weight", "bias", "running_mean", "running_var")
         ]
-        triple = self.emit(relax.op.nn.batch_norm(x, *values, axis=3, epsilon=layer.eps, momentum=layer.momentum))
+        triple = self.emit(
+            relax.op.nn.batch_norm(x, *values, axis=3, epsilon=layer.eps, momentum=layer.momentum)
+        )
         return self.emit(relax.TupleGetItem(triple, 0))
 
-    def fake_quantize(self, x, scale, zero_point: int, low: int, high: int, dtype: str = "int8", axis: int = -1):
+    def fake_quantize(
+        self, x, scale, zero_point: int, low: int, high: int, dtype: str = "int8", axis: int = -1
+    ):
         shape = tuple(int(v) for v in scale.ty.shape)
         z = relax.const(np.full(shape, zero_point, dtype))
         q = self.emit(relax.op.quantize(x, scale, z, axis=axis, out_dtype=dtype))
@@ -112,12 +114,12 @@ def resnet8_module(net: ResNet8, bits: int = 0, scales: dict[str, float] | None 
         x = conv_bn(quantized(b.nhwc(b.x), "conv1"), "", "conv1", "bn1", net, 1, 1)
         x = b.emit(relax.op.nn.relu(x))
         for name, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2)):
-            block, prefix = net.get_submodule(name)[0], f"{name}.0."
+            block, prefix = net.get_submodule(f"{name}.0"), f"{name}.0."
             x = quantized(x, prefix + "conv1")
             y = conv_bn(x, prefix, "conv1", "bn1", block, stride, 1)
             y = b.emit(relax.op.nn.relu(y))
             y = conv_bn(quantized(y, prefix + "conv2"), prefix, "conv2", "bn2", block, 1, 1)
-            if len(block.short):
+            if stride > 1:
                 x = conv_bn(x, prefix, "short.0", "short.1", block, stride, 0)
             x = b.emit(relax.op.nn.relu(b.emit(relax.op.add(y, x))))
         x = b.emit(relax.op.mean(x, [1, 2]))

@@ -12,7 +12,8 @@ import numpy as np
 def filter_steps(weight: np.ndarray, bits: int) -> np.ndarray:
     """Return Δ of each filter, float64 [O], of a `bits`-bit mid-rise quantizer that reaches its largest |w|.
 
-    With one bit the two levels are +-Δ / 2 = +-mean|w|, as in the deployed kernels. A filter of zeros has Δ 1.
+    With one bit the two levels are +-Δ / 2 = +-mean|w|, as in the deployed kernels. A filter of zeros has Δ
+    1.
     """
     magnitudes = np.abs(weight.astype(np.float64)).reshape(weight.shape[0], -1)
     steps = 2.0 * magnitudes.mean(axis=1) if bits == 1 else magnitudes.max(axis=1) / 2 ** (bits - 1)
@@ -20,7 +21,7 @@ def filter_steps(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int) -> np.ndarray:
-    """Quantize weights [O, ...] with steps [O]: half-integers within +-(2**(bits - 1) - 0.5), 0 in pruned filters."""
+    """Quantize weights [O, ...] with steps [O] to halves within +-(2**(bits - 1) - 0.5), pruned filters to 0."""
     column = (-1, *[1] * (weight.ndim - 1))
     steps = steps.reshape(column)
     limit = 2 ** (bits - 1) - 0.5

@@ -2,8 +2,8 @@
 
 Source: TOCO, section 3 and its supplement. Both functions minimise `Σ φ_i(τ_i)` over `0 <= τ_i <= bound_i`
 subject to `Σ |g_i| τ_i <= ΔL`, exactly, clipping and redistribution included. The paper clips once and leaves
-the budget that clipping frees unused; here it is given to the weights that are still free, so that the results
-are those of a general solver. Everything is vectorised, O(n log n).
+the budget that clipping frees unused; here it is given to the weights that are still free, so that the
+results are those of a general solver. Everything is vectorised, O(n log n).
 """
 
 import numpy as np
@@ -12,9 +12,12 @@ from tvm_compress.errors import SettingError
 
 
 def bounds(
-    weights: np.ndarray, targets: np.ndarray | float = 0.0, trust_radius: float = np.inf, largest: float = np.inf
+    weights: np.ndarray,
+    targets: np.ndarray | float = 0.0,
+    trust_radius: float = np.inf,
+    largest: float = np.inf,
 ) -> np.ndarray:
-    """Return the box of the tolerances, `min(δ, |w* - w|, ω̄)`: trust radius, distance to the target, limit."""
+    """Return the tolerances' box, `min(δ, |w* - w|, ω̄)`: trust radius, distance to the target, limit."""
     distance = np.abs(np.asarray(targets, np.float64) - np.asarray(weights, np.float64))
     return np.minimum(distance, min(trust_radius, largest))
 
@@ -67,10 +70,10 @@ def quadratic(
     """Tolerances for φ = h (d - τ)², d the distance from a weight to its codebook value.
 
     Erratum: the paper's equations 27 and 28 reverse the sign of λ and divide by g where the derivation
-    multiplies. The conditions of Karush, Kuhn and Tucker give `τ_i = d_i - λ |g_i| / (2 h_i)`, here clipped to
-    `[0, min(d_i, bound_i)]`, and `λ = (Σ |g_i| d_i - ΔL) / Σ (g_i² / (2 h_i))` over the weights that are not
-    clipped, λ >= 0. Which those are follows from where λ lies among the values at which a weight gets clipped
-    or free, found by sorting them.
+    multiplies. The conditions of Karush, Kuhn and Tucker give `τ_i = d_i - λ |g_i| / (2 h_i)`, here clipped
+    to `[0, min(d_i, bound_i)]`, and `λ = (Σ |g_i| d_i - ΔL) / Σ (g_i² / (2 h_i))` over the weights that are
+    not clipped, λ >= 0. Which those are follows from where λ lies among the values at which a weight gets
+    clipped or free, found by sorting them.
 
     Parameters
     ----------

@@ -79,9 +79,9 @@ def _largest_input(node: Node) -> int:
 
 
 def exact_pieces(w: torch.Tensor, largest_input: int, groups: int = 1) -> int:
-    """Into how many runs of input channels (axis 1 of w) a layer must be cut for exact float32 sums; 0: float64.
+    """Into how many runs of input channels a layer must be cut for exact float32 sums; 0: float64.
 
-    `w` is int8 [O, I, ...].
+    `w` is int8 [O, I, ...]; the runs are of its axis 1.
     """
     magnitudes = w.to(torch.float64).abs().reshape(w.shape[0], w.shape[1], -1).sum(2)
     for pieces in (1, 2, 3, 4):

@@ -1,4 +1,4 @@
-"""Reads the `main` function of a Relax module into a flat list of nodes that can be computed one after the other."""
+"""Reads the `main` function of a Relax module into a flat list of nodes, in order of execution."""
 
 from dataclasses import dataclass, field
 from typing import Any

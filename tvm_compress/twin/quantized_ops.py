@@ -83,8 +83,9 @@ class _FakeQuantize(torch.autograd.Function):
 class _FakeBinarize(torch.autograd.Function):
     """`sign(w) * s` with sign(0) = 1.
 
-    The gradient passes straight through to w where |w| <= 1 (XNOR-Net, section 3.1), without the factor s that
-    a literal derivative of `sign(w) * s` would bring: a binary weight then learns at the rate of any other.
+    The gradient passes straight through to w where |w| <= 1 (XNOR-Net, section 3.1), without the factor s
+    that a literal derivative of `sign(w) * s` would bring: a binary weight then learns at the rate of any
+    other.
     """
 
     @staticmethod

@@ -1,8 +1,9 @@
 """The twin of a Relax module: the same function, computed by torch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from tvm_compress.passes.sites import site_name
 from tvm_compress.twin.float_ops import FLOAT_OPERATORS, BatchNormMode, TensorFunction
 from tvm_compress.twin.integer_ops import INTEGER_OPERATORS
 from tvm_compress.twin.program import Node, Program, read_program
-from tvm_compress.twin.quantized_ops import FAKE_BINARIZE, FAKE_QUANTIZE, QUANTIZED_OPERATORS, fuse_fake_quantization
+from tvm_compress.twin.quantized_ops import (
+    FAKE_BINARIZE,
+    FAKE_QUANTIZE,
+    QUANTIZED_OPERATORS,
+    fuse_fake_quantization,
+)
 
 OPERATORS = FLOAT_OPERATORS | QUANTIZED_OPERATORS | INTEGER_OPERATORS
 
@@ -120,7 +126,7 @@ class Twin(torch.nn.Module):
         """Compute the output of a batch, float32 [N, C, H, W]."""
         return self._run(x, {})
 
-    def _run(self, x: torch.Tensor, observers: dict[int, Callable[[torch.Tensor], None]]) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, observers: Mapping[int, Callable[[torch.Tensor], None]]) -> torch.Tensor:
         values = list(self._initial)
         values[self._input_slot] = x
         if self._input_slot in observers:
@@ -224,28 +230,27 @@ class Twin(torch.nn.Module):
                 takers[node.inputs[0]] = (*takers.get(node.inputs[0], ()), name)
         kept: dict[str, list[np.ndarray]] = {}
 
-        def observer(sites: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
-            if callback is not None:
-                return lambda value: callback(sites, value)
-            return lambda value: [kept.setdefault(site, []).append(value.numpy()) for site in sites] and None
+        def keep(sites: tuple[str, ...], value: torch.Tensor) -> None:
+            for site in sites:
+                kept.setdefault(site, []).append(value.numpy())
 
-        observers = {slot: observer(sites) for slot, sites in takers.items()}
+        observers = {slot: partial(callback or keep, sites) for slot, sites in takers.items()}
         with self._evaluating(), torch.no_grad():
             for batch in self._batches(x, batch_size):
                 self._run(batch, observers)
         return {name: np.concatenate(parts) for name, parts in kept.items()}
 
     def trace(self, x: np.ndarray, batch_size: int = 256) -> dict[str, np.ndarray]:
-        """Return what each site computes before anything follows, by name: int32 accumulators at the integer stage.
+        """Return what each site computes before anything follows, by name; NHWC or [N, O].
 
-        NHWC, or [N, O].
+        At the integer stage these are the int32 accumulators.
         """
         kept: dict[str, list[np.ndarray]] = {name: [] for name in self.sites}
 
-        def observer(name: str) -> Callable[[torch.Tensor], None]:
-            return lambda value: kept[name].append(np.array(value))
+        def keep(name: str, value: torch.Tensor) -> None:
+            kept[name].append(np.array(value))
 
-        observers = {slot: observer(name) for slot, (name, _) in self._layers.items()}
+        observers = {slot: partial(keep, name) for slot, (name, _) in self._layers.items()}
         with self._evaluating(), torch.no_grad():
             for batch in self._batches(x, batch_size):
                 self._run(batch, observers)
@@ -286,7 +291,7 @@ class Twin(torch.nn.Module):
 
 
 def _tensor(value: np.ndarray) -> torch.Tensor:
-    """Copy into a tensor; kernels of convolutions in the layout that makes torch compute in NHWC throughout."""
+    """Copy into a tensor; kernels of convolutions in the layout that makes torch compute in NHWC."""
     tensor = torch.from_numpy(np.array(value))
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
@@ -320,9 +325,7 @@ def _compile(program: Program, mode: BatchNormMode) -> list[_Step]:
 
 def _statistics_slots(program: Program) -> set[int]:
     """Slots of the running statistics of batch norms."""
-    return {
-        slot for node in program.nodes if node.op == "relax.nn.batch_norm" for slot in node.inputs[3:5]
-    }
+    return {slot for node in program.nodes if node.op == "relax.nn.batch_norm" for slot in node.inputs[3:5]}
 
 
 def _find_layers(program: Program) -> dict[int, tuple[str, Node]]:

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from tvm import relax
+
+from tests.tvm_compress.twin_networks import Build
+from tvm_compress.data.dataset import Dataset, Normalization
+from tvm_compress.errors import DataError, ModelError, SettingError
+from tvm_compress.finetune import _shift, finetune
+from tvm_compress.passes.params import get_params, get_stage
+from tvm_compress.twin import Twin
+
+
+def shapes_data(n: int, seed: int) -> Dataset:
+    """Bars, upright, lying or both, somewhere in noise: three classes that are learnt in a second."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 120, (n, 1, 8, 8)).astype(np.uint8)
+    y = rng.integers(0, 3, n)
+    for image, label in zip(x[:, 0], y, strict=True):
+        if label != 0:
+            image[rng.integers(8)] = 255
+        if label != 1:
+            image[:, rng.integers(8)] = 255
+    return Dataset(x, y, ("upright", "lying", "both"), Normalization((0.3,), (0.3,)))
+
+
+def small_network(bits: int = 0):
+    """Convolution, batch norm, ReLU, mean, dense; with `bits`, its weights and inputs quantized."""
+    torch.manual_seed(0)
+    conv, norm, dense = torch.nn.Conv2d(1, 8, 5, bias=False), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 3)
+    b = Build((1, 1, 8, 8), "qdq" if bits else "float")
+
+    def quantized(name, w):
+        variable = b.param(f"{name}.weight", w)
+        if not bits:
+            return variable
+        flat = np.abs(w.detach().numpy()).reshape(len(w), -1)
+        if bits == 1:
+            return b.fake_binarize(variable, b.param(f"{name}.weight_scale", flat.mean(1)))
+        top = 2 ** (bits - 1) - 1
+        return b.fake_quantize(
+            variable, b.param(f"{name}.weight_scale", flat.max(1) / top), 0, -top, top, axis=0
+        )
+
+    def make():
+        x = b.nhwc(b.x)
+        if bits:
+            x = b.fake_quantize(x, b.param("c.input_scale", np.float32(0.02)), -60, -128, 127)
+        x = b.emit(relax.op.nn.relu(b.batch_norm(b.conv(x, quantized("c", conv.weight)), "n", norm)))
+        return b.dense(
+            b.emit(relax.op.mean(x, [1, 2])), quantized("d", dense.weight), b.param("d.bias", dense.bias)
+        )
+
+    return b.finish(make)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return shapes_data(600, 0)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return shapes_data(300, 1)
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    return finetune(small_network(), train, 6, learning_rate=0.2, batch_size=32)
+
+
+def accuracy(module, data):
+    return Twin(module).accuracy(data.normalized(), data.y)
+
+
+def test_a_float_network_learns(trained, test):
+    assert accuracy(small_network(), test) < 0.6
+    assert accuracy(trained, test) > 0.85
+    assert get_stage(trained) == "float"
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_quantized_network_learns_from_its_teacher(trained, train, test, bits):
+    teacher = Twin(trained)
+    module = small_network(bits)
+    seen = []
+    result = finetune(
+        module,
+        train,
+        6,
+        0.2,
+        batch_size=32,
+        teacher=teacher,
+        progress=lambda epoch, means: seen.append((epoch, means)),
+    )
+    assert get_stage(result) == "qdq"
+    assert accuracy(result, test) > 0.8
+    assert [epoch for epoch, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1][1]["loss"] < seen[0][1]["loss"]
+    assert seen[0][1].keys() == {"loss", "accuracy", "learning_rate"}
+    before, after = get_params(module), get_params(result)
+    assert all(
+        not np.array_equal(before[name], after[name]) for name in ("c.weight", "c.input_scale", "d.weight")
+    )
+    assert all((value > 0).all() for name, value in after.items() if name.endswith("_scale"))
+    # The caller's module is as it was.
+    assert np.array_equal(before["c.weight"], get_params(small_network(bits))["c.weight"])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_one_seed_gives_one_result(trained, train, augment):
+    def run(seed):
+        arguments = {"teacher": Twin(trained), "augment": augment}
+        return get_params(
+            finetune(small_network(4), train.take(slice(0, 100)), 1, 0.05, seed, 16, **arguments)
+        )
+
+    first, again, other = run(1), run(1), run(2)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["c.weight"], other["c.weight"])
+
+
+def test_augmentation_moves_images_by_up_to_two_pixels():
+    x = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6)
+    moved = _shift(x, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape
+    for image, original in zip(moved, x, strict=True):
+        matches = [
+            (dy, dx)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if torch.equal(image[:, 2:4, 2:4], original[:, 2 + dy : 4 + dy, 2 + dx : 4 + dx])
+        ]
+        assert len(matches) == 1
+
+
+def test_no_epochs_change_nothing(train):
+    module = small_network(4)
+    after = get_params(finetune(module, train, 0))
+    assert all(
+        np.array_equal(value.ravel(), after[name].ravel()) for name, value in get_params(module).items()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_impossible_settings(trained, train):
+    for settings in ({"epochs": -1}, {"epochs": 1, "learning_rate": 0.0}, {"epochs": 1, "batch_size": 1}):
+        with pytest.raises(SettingError, match="Cannot train"):
+            finetune(trained, train, **settings)
+    with pytest.raises(DataError, match="at least two"):
+        finetune(trained, train.take([0]), 1)
+    with pytest.raises(ModelError, match="diverged"):
+        finetune(small_network(), train, 4, learning_rate=1e30)
