@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,27 @@ def test_a_quantized_network_learns_from_its_teacher(trained, train, test, bits)
     assert all((value > 0).all() for name, value in after.items() if name.endswith("_scale"))
     # The caller's module is as it was.
     assert np.array_equal(before["c.weight"], get_params(small_network(bits))["c.weight"])
+
+
+def test_the_step_is_that_of_torchs_optimizer(train):
+    """Two epochs of one batch each: the second at half the rate, as the cosine says."""
+    twin = Twin(small_network())
+    twin.train()
+    x, y = torch.from_numpy(train.normalized()), torch.from_numpy(train.y)
+    parameters = twin.trainable().values()
+    decayed, plain = ([p for p in parameters if (p.dim() > 1) is kernel] for kernel in (True, False))
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 1e-4}, {"params": plain}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for rate in (0.1, 0.05):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(twin(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+    result = get_params(finetune(small_network(), train, 2, learning_rate=0.1, batch_size=600))
+    for name, value in twin.tensors.items():
+        np.testing.assert_allclose(result[name], value.detach(), rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -21,7 +21,7 @@ def filter_steps(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int) -> np.ndarray:
-    """Quantize weights [O, ...] with steps [O] to halves within +-(2**(bits - 1) - 0.5), pruned filters to 0."""
+    """Quantize weights [O, ...] with steps [O]: halves within +-(2**(bits - 1) - 0.5); pruned filters: 0."""
     column = (-1, *[1] * (weight.ndim - 1))
     steps = steps.reshape(column)
     limit = 2 ** (bits - 1) - 0.5
