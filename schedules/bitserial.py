@@ -44,7 +44,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     layer = packing.read_layer(call)
     check_legal(layer, rules)
     dot = bit_dot_for(rules.isa, _operation(layer), layer.out_channels)
-    tile = choose_tile(*layer.out_size, layer.out_channels // dot.lanes, dot.registers)
+    tile = choose_tile(layer.out_size, layer.out_channels // dot.lanes, dot.registers)
     weight = packing.pack_weight_bits(layer.weight, layer.weight_bits, tile.vectors * dot.lanes)
     packed = pack_activations(bb, call.args[0], layer, rules)
     return bb.call_te(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV
 
@@ -31,6 +32,9 @@ from tvm_compress.schedules.target_rules import TargetRules
 # Up to this many input channels a kernel's row is multiplied as one run of values: few steps are half empty.
 _MAX_ROW_CHANNELS = 4
 
+# With fewer accumulators a tile waits for the latency of its additions.
+_LEAST_ACCUMULATORS = 6
+
 # op_pattern of TVM's fusion: element-wise operators may follow in the same PrimFunc.
 OUT_FUSABLE = 4
 
@@ -44,23 +48,45 @@ class Tile:
     vectors: int
 
 
-def choose_tile(out_height: int, out_width: int, vectors: int, registers: int) -> Tile:
+def choose_tile(
+    size: tuple[int, int],
+    vectors: int,
+    registers: int,
+    vector_cost: float = 1.0,
+    cached_vectors: int | None = None,
+) -> Tile:
     """Return the tile with the fewest loads per product that divides the output and fits the registers.
 
-    A step loads one broadcast per pixel and one weight per vector, and multiplies each by each: measured on
-    AVX2, loads bound the speed.
+    A step loads a broadcast for each pixel and a weight for each vector, and multiplies each by each: on AVX2
+    loads bound the speed. Few accumulators wait for each other.
+
+    Parameters
+    ----------
+    size
+        Height and width of the output.
+    vectors
+        Vectors of output channels.
+    registers
+        Most accumulators of a tile; a third more where a single vector of weights leaves the room.
+    vector_cost
+        What loading a vector of weights costs, in broadcasts.
+    cached_vectors
+        Vectors whose weights stay in the first-level cache from tile to tile; loading others costs 1 more.
     """
 
     def loads_per_product(tile: Tile) -> tuple[float, int, int]:
         pixels = tile.height * tile.width
-        return (pixels + tile.vectors) / (pixels * tile.vectors), tile.height, tile.vectors
+        cost = vector_cost + (cached_vectors is not None and tile.vectors > cached_vectors)
+        accumulators = pixels * tile.vectors
+        loads = (pixels + cost * tile.vectors) / accumulators
+        return loads * max(1.0, _LEAST_ACCUMULATORS / accumulators), tile.height, tile.vectors
 
     tiles = (
         Tile(height, width, count)
-        for height in divisors(out_height)
-        for width in divisors(out_width)
+        for height in divisors(size[0])
+        for width in divisors(size[1])
         for count in divisors(vectors)
-        if height * width * count <= registers
+        if height * width * count <= registers + (registers // 3 if count == 1 else 0)
     )
     return min(tiles, key=loads_per_product)
 
@@ -92,7 +118,9 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
         as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1
         source = packing.pack_rows_weight(layer.weight) if as_rows else layer.weight
         vectors = packing.round_up(layer.out_channels, dot.lanes) // dot.lanes
-        tile = choose_tile(*layer.out_size, vectors, dot.registers)
+        vector_bytes = dot.lanes * source[0].size * np.dtype(dot.weight_dtype).itemsize
+        cached = rules.l1_bytes // 2 // vector_bytes
+        tile = choose_tile(layer.out_size, vectors, dot.registers, dot.vector_cost, cached)
         weight = packing.pack_dot_weight(source, dot, tile.vectors * dot.lanes)
         compute = _dot_compute(layer, dot, tile, as_rows)
         bias = packing.fold_bias(layer, offset)

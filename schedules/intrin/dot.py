@@ -28,6 +28,8 @@ class Dot:
         Shape of one step's weights in memory: (lanes, depth), or (2, lanes, 2) for Arm's pairs.
     registers
         Vector registers that the accumulators of a tile may take, so that none is spilled.
+    vector_cost
+        What loading one vector of weights costs, in broadcasts of one step's activations.
     int8_offset, uint8_offset
         What is added to int8 or uint8 activations so that they fit data_dtype.
     """
@@ -39,6 +41,7 @@ class Dot:
     weight_dtype: str
     inner_shape: tuple[int, ...]
     registers: int
+    vector_cost: float = 1.0
     int8_offset: int = 0
     uint8_offset: int = 0
 
@@ -54,12 +57,14 @@ class Dot:
 
 
 # vpmaddubsw would take bytes, but it saturates at int16: pairs of int16 are the widest exact step of AVX2.
-_AVX2 = Dot("tvm_compress.dot_avx2", 8, 2, "int16", "int8", (8, 2), registers=10)
+_AVX2 = Dot("tvm_compress.dot_avx2", 8, 2, "int16", "int8", (8, 2), registers=10, vector_cost=1.5)
 # Widening weights on load takes two instructions without SSE4.1, so they are stored as int16.
 _SSE2 = Dot("tvm_compress.dot_sse2", 4, 2, "int16", "int16", (4, 2), registers=8)
-_AVX512 = Dot("tvm_compress.dot_avx512", 16, 2, "int16", "int8", (16, 2), registers=20)
+_AVX512 = Dot("tvm_compress.dot_avx512", 16, 2, "int16", "int8", (16, 2), registers=20, vector_cost=1.5)
 _VNNI = Dot("tvm_compress.dot_vnni", 16, 4, "uint8", "int8", (16, 4), registers=20, int8_offset=128)
-_NEON = Dot("tvm_compress.dot_neon", 4, 4, "int8", "int8", (2, 4, 2), registers=16, uint8_offset=-128)
+_NEON = Dot(
+    "tvm_compress.dot_neon", 4, 4, "int8", "int8", (2, 4, 2), registers=16, vector_cost=0.5, uint8_offset=-128
+)
 
 _BY_ISA = {"avx512vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2, "x86": _SSE2}
 _MULTIPLY_PAIRS = {
