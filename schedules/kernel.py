@@ -18,8 +18,8 @@ from tvm_compress.schedules.target_rules import TargetRules
 KERNEL = "tvm_compress.kernel"  # name of the family that schedules the block
 INFO = "tvm_compress.info"  # JSON: what the kernel computes, see kernel_attrs
 
-# A parallel region is worth its start (about 5 us) from this many multiply-accumulates of fp32 on.
-MIN_PARALLEL_MACS = 200_000
+# A parallel region is worth its start (a few us) from this many multiply-accumulates of fp32 on.
+MIN_PARALLEL_MACS = 400_000
 # The same for element-wise work, in elements.
 MIN_PARALLEL_ELEMENTS = 32_768
 
