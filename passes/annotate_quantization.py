@@ -11,6 +11,7 @@ from tvm import IRModule, relax
 
 from tvm_compress.errors import ModelError, PolicyError
 from tvm_compress.passes.graph import bindings, operator, tensors
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import parameter_vars, require_stage, with_main, with_stage
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.quantization import QuantizationParameters, activation_parameters
@@ -58,8 +59,8 @@ class SiteQuantization:
     input: QuantizationParameters | None
 
 
-@tvm.transform.module_pass(opt_level=0, name="AnnotateQuantization")
-class AnnotateQuantization:
+@tvm.transform.module_pass(opt_level=0, name="tvm_compress.AnnotateQuantization")
+class AnnotateQuantization(ModulePass):
     """Write the function attribute `tvm_compress.quantization` (JSON): float -> annotated.
 
     A tensor with a quantized consumer is quantized once for all its consumers: with 8 bits, or with fewer if

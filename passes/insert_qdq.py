@@ -13,6 +13,7 @@ from tvm_compress.passes.annotate_quantization import (
     site_calls,
 )
 from tvm_compress.passes.graph import bindings, substitute
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import get_params, require_stage, with_main, with_stage, with_values
 from tvm_compress.passes.quantization import QuantizationParameters, weight_limit, weight_scale
 from tvm_compress.schedules import ops
@@ -22,8 +23,8 @@ INPUT_SCALE = ".input_scale"
 STORED_SCALE = ".stored_scale"
 
 
-@tvm.transform.module_pass(opt_level=0, name="InsertQDQ")
-class InsertQDQ:
+@tvm.transform.module_pass(opt_level=0, name="tvm_compress.InsertQDQ")
+class InsertQDQ(ModulePass):
     """Insert quantize -> clip -> dequantize for the quantized sites' inputs and weights: annotated -> qdq.
 
     New parameters, after all others: `SITE.weight_scale` (float32 [O]), `SITE.input_scale` and

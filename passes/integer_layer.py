@@ -13,8 +13,11 @@ _BIAS_TO_SUM = 2**10
 # ... but biases up to here are always fine: their requantization error is far below one step.
 _SMALL_BIAS = 2**24
 
+# Floats are taken to need so many steps up to the largest sum, which real sums stay far below.
+_FLOAT_STEPS = 2**14
+
 # A bias is rounded to at most this part of an output step, where 32 bits allow it.
-_BIAS_STEP = 1 / 8
+_BIAS_STEP = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def fold_integer_layer(
     reach
         The largest |x - zero_point|.
     output_scale
-        One step of what the result is quantized to; None for float, which gets 8 bits for the largest sum.
+        One step of what the result is quantized to; None for float, where the step is 2**-14 of the largest sum.
     site
         For messages.
 
@@ -113,7 +116,7 @@ def _fraction_bits(scale: float, largest: int, output_scale: float | None) -> in
     """How many bits the sums, up to `largest`, get behind the point so that a bias can be rounded to them."""
     # Rounding the bias errs by half a unit of the sums.
     half = scale / 2
-    step = largest * scale / 2**8 if output_scale is None else output_scale
+    step = largest * scale / _FLOAT_STEPS if output_scale is None else output_scale
     wanted = 0
     while half / 2**wanted > step * _BIAS_STEP and wanted < 16:
         wanted += 1

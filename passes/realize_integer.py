@@ -13,13 +13,14 @@ from tvm_compress.passes.annotate_quantization import QUANTIZATION
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import with_args
 from tvm_compress.passes.integer_values import Clamp, Float, Layer, Mean, Moved, Quantized, Sum, Value, Writer
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import get_params, num_inputs, require_stage, with_main, with_stage
 from tvm_compress.passes.quantization import QuantizationParameters, quantize_weights, weight_limit
 from tvm_compress.passes.sites import site_name
 
 
-@tvm.transform.module_pass(opt_level=0, name="RealizeInteger")
-class RealizeInteger:
+@tvm.transform.module_pass(opt_level=0, name="tvm_compress.RealizeInteger")
+class RealizeInteger(ModulePass):
     """Compute the quantized sites in integers and bind all parameters: qdq -> integer.
 
     The result holds the operators of `tvm_compress.schedules.ops`, no batch norm, no parameters. On the same

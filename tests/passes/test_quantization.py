@@ -206,9 +206,9 @@ def test_small_sums_get_fraction_bits_only_where_a_bias_needs_them():
     def fold(shift: float, output_scale: float | None) -> int:
         return fold_integer_layer(w, one, one, one * shift, 1, 1, output_scale, "s").fraction_bits
 
-    assert fold(0.3, 4.0) == 0  # half a unit is an eighth of a step
-    assert fold(0.3, 1.0) == 2
-    assert fold(0.3, 0.1) == 6
+    assert fold(0.3, 8.0) == 0  # half a unit is a 16th of a step
+    assert fold(0.3, 1.0) == 3
+    assert fold(0.3, 0.1) == 7
     assert fold(0.0, 0.1) == 0  # no bias, nothing to round
     assert fold(0.3, None) > 0
 

@@ -291,7 +291,7 @@ def test_parameters_may_have_been_trained():
 def test_a_broken_scale_is_named(value):
     module = sequential()
     qdq, _ = quantize(module, uniform(module, INT8), samples())
-    broken = set_params(qdq, {"conv2.input_scale": np.float32(value)})
+    broken = set_params(qdq, {"conv2.input_scale": np.array(value, np.float32)})
     with pytest.raises(ModelError, match=r"conv2\.input_scale"):
         RealizeInteger()(broken)
 
