@@ -68,7 +68,7 @@ def read_code(path: Path) -> Code:
     data = path.read_bytes()
     try:
         return _read_code(data)
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise DeviceFailedError("build", f"{path} is not an aarch64 library: {error}.") from None
 
 

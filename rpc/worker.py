@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,6 @@ class Worker:
 
     def __init__(self, command: Callable[[Path], Sequence[str]], environment: Mapping[str, str]) -> None:
         self._expired = False
-        self._closed = False
         self._failed = False
         self.directory = Path(tempfile.mkdtemp(prefix="tvm_compress-"))
         self._log = self.directory / "worker.log"
@@ -71,6 +71,8 @@ class Worker:
             raise DeviceFailedError(
                 "connection", f"The device's process cannot be started: {error}."
             ) from None
+        # Also when nobody calls close(): at the latest when Python ends.
+        self._end = weakref.finalize(self, _end, self._process, self._life_line, self.directory)
         self._uploads = 0
         self.remote: Any = None
         try:
@@ -105,7 +107,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return not self._closed and self._process.poll() is None
+        return self._end.alive and self._process.poll() is None
 
     def call(self, what: str, limit: float, function: Callable[..., Result], *args: Any) -> Result:
         """Call something that waits for the worker; kill the worker if it takes longer than `limit` seconds.
@@ -196,22 +198,30 @@ class Worker:
 
     def close(self) -> None:
         """Kill the process with all its children and remove its files; further calls do nothing."""
-        if self._closed:
+        if not self._end.alive:
             return
-        self._closed = True
-        self._kill()
-        self._process.wait()
-        os.close(self._life_line)
+        self._end()
         self.remote = None
         if self._failed:
             # What an exception left in reference cycles would keep the session's place in TVM's table of 32.
             gc.collect()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _kill(self) -> None:
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        _kill_group(self._process)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    # Once it was waited for, its number may be another's.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen, life_line: int, directory: Path) -> None:
+    _kill_group(process)
+    process.wait()
+    os.close(life_line)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -202,6 +202,14 @@ def test_close_ends_the_processes(bench):
     assert not directory.exists()
 
 
+def test_a_session_that_nobody_closes_ends_when_it_is_forgotten(bench):
+    session = bench.device.open(bench.session.settings)
+    pid, directory = session._worker._process.pid, session._worker.directory
+    del session
+    assert _ends(pid)
+    assert not directory.exists()
+
+
 def test_processes_end_with_whoever_started_them():
     program = (
         "import time\n"
