@@ -68,7 +68,7 @@ def fold_integer_layer(
     reach
         The largest |x - zero_point|.
     output_scale
-        One step of what the result is quantized to; None for float, where the step is 2**-14 of the largest sum.
+        One step of what the result is quantized to; None for float: then 2**-14 of the largest sum.
     site
         For messages.
 
