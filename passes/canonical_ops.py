@@ -1,54 +1,34 @@
 """How each imported operator becomes canonical ones: the table that Canonicalize reads."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
-from tvm_compress.passes.canonical_values import Array, Builder, Tensor, Value, channels_last
+from tvm_compress.passes import canonical_shapes
+from tvm_compress.passes.canonical_values import (
+    Array,
+    Builder,
+    Tensor,
+    UnsupportedFormError,
+    Value,
+    as_array,
+    as_tensor,
+    channels_last,
+    ints,
+    spatial,
+)
 from tvm_compress.passes.sites import site_name
-
-
-class Unsupported(Exception):
-    """Why an operator cannot be taken as it stands; Canonicalize adds the operator's name and place."""
-
-
-def _tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise Unsupported("it is computed from parameters alone")
-    return value
-
-
-def _array(value: Any, what: str) -> Array:
-    if not isinstance(value, Array):
-        raise Unsupported(f"its {what} must be parameters, but are computed from the input")
-    return value
-
-
-def _ints(values: Any) -> list[int]:
-    return [int(value) for value in values]
-
-
-def _axes(values: Any, rank: int) -> list[int]:
-    return [int(value) % rank for value in values]
-
-
-def _spatial(value: Value, layout: str) -> tuple[Tensor, tuple[int, ...]]:
-    """Give a 4-D tensor with the order of its axes that is NHWC."""
-    value = _tensor(value)
-    if len(value.shape) != 4 or sorted(layout) != sorted("NCHW"):
-        raise Unsupported(f"layout {layout}, {len(value.shape)} axes; images with 4 axes are needed")
-    return value, tuple(layout.index(axis) for axis in "NHWC")
 
 
 def _conv2d(build: Builder, call: relax.Call, data: Value, weight: Value) -> Tensor:
     attrs = call.attrs
-    value, order = _spatial(data, attrs.data_layout)
+    value, order = spatial(data, attrs.data_layout)
     if attrs.out_layout not in ("", attrs.data_layout):
-        raise Unsupported(f"output layout {attrs.out_layout}")
-    array = _array(weight, "weights")
+        raise UnsupportedFormError(f"output layout {attrs.out_layout}")
+    array = as_array(weight, "weights")
     if attrs.kernel_layout != "OIHW":
         array = Array(array.value.transpose([attrs.kernel_layout.index(a) for a in "OIHW"]), array.name)
     parameter = build.parameter(array, f"conv2d_{build.number('conv2d')}.weight")
@@ -56,9 +36,9 @@ def _conv2d(build: Builder, call: relax.Call, data: Value, weight: Value) -> Ten
         relax.op.nn.conv2d(
             build.ordered(value, order),
             parameter,
-            strides=_ints(attrs.strides),
-            padding=_ints(attrs.padding),
-            dilation=_ints(attrs.dilation),
+            strides=ints(attrs.strides),
+            padding=ints(attrs.padding),
+            dilation=ints(attrs.dilation),
             groups=int(attrs.groups),
             data_layout="NHWC",
             kernel_layout="OIHW",
@@ -75,9 +55,10 @@ def _site(build: Builder, made: Tensor, parameter: relax.Var) -> Tensor:
 
 def _matmul(build: Builder, call: relax.Call, data: Value, weight: Value) -> Tensor:
     del call
-    value, array = _tensor(data), _array(weight, "second argument")
+    value, array = as_tensor(data), as_array(weight, "second argument")
     if len(value.shape) != 2 or len(array.shape) != 2:
-        raise Unsupported(f"it multiplies shapes {value.shape} and {array.shape}; 2 axes each are needed")
+        shapes = f"{value.shape} and {array.shape}"
+        raise UnsupportedFormError(f"it multiplies shapes {shapes}; 2 axes each are needed")
     transposed = Array(array.value.T, array.name)
     parameter = build.parameter(transposed, f"dense_{build.number('dense')}.weight")
     weights = build.emit(relax.op.permute_dims(parameter))
@@ -89,11 +70,11 @@ def _matmul(build: Builder, call: relax.Call, data: Value, weight: Value) -> Ten
 def _batch_norm(
     build: Builder, call: relax.Call, data: Value, *statistics: Value
 ) -> tuple[Tensor, None, None]:
-    value, attrs = _tensor(data), call.attrs
+    value, attrs = as_tensor(data), call.attrs
     if attrs.training:
-        raise Unsupported("it is in training mode; export the model after .eval()")
+        raise UnsupportedFormError("it is in training mode; export the model after .eval()")
     axis = int(attrs.axis) % len(value.shape)
-    gamma, beta, mean, variance = (_array(one, "statistics") for one in statistics)
+    gamma, beta, mean, variance = (as_array(one, "statistics") for one in statistics)
     ones = np.ones_like(gamma.value)
     gamma = gamma if attrs.scale else Array(ones)
     beta = beta if attrs.center else Array(np.zeros_like(ones))
@@ -125,13 +106,13 @@ def _batch_norm(
 
 def _clip(build: Builder, call: relax.Call, data: Value, low: Any, high: Any) -> Tensor:
     del call
-    return _clipped(build, _tensor(data), _number(low), _number(high))
+    return _clipped(build, as_tensor(data), _number(low), _number(high))
 
 
 def _number(value: Any) -> float:
     if isinstance(value, Array):
         if value.value.size != 1:
-            raise Unsupported("its bounds are not numbers")
+            raise UnsupportedFormError("its bounds are not numbers")
         return float(value.value.reshape(()))
     return float(getattr(value, "value", value))
 
@@ -153,18 +134,18 @@ def _clipped(build: Builder, value: Tensor, low: float, high: float) -> Tensor:
 
 def _relu(build: Builder, call: relax.Call, data: Value) -> Tensor:
     del call
-    return _clipped(build, _tensor(data), 0.0, math.inf)
+    return _clipped(build, as_tensor(data), 0.0, math.inf)
 
 
 def _relu6(build: Builder, call: relax.Call, data: Value) -> Tensor:
     del call
-    return _clipped(build, _tensor(data), 0.0, 6.0)
+    return _clipped(build, as_tensor(data), 0.0, 6.0)
 
 
 def _unary(make: Callable[[relax.Expr], relax.Expr]) -> Callable[[Builder, relax.Call, Value], Tensor]:
     def handle(build: Builder, call: relax.Call, data: Value) -> Tensor:
         del call
-        value = _tensor(data)
+        value = as_tensor(data)
         return build.like(make(value.expr), value)
 
     return handle
@@ -172,7 +153,7 @@ def _unary(make: Callable[[relax.Expr], relax.Expr]) -> Callable[[Builder, relax
 
 def _along_axis(make: Callable[..., relax.Expr]) -> Callable[[Builder, relax.Call, Value], Tensor]:
     def handle(build: Builder, call: relax.Call, data: Value) -> Tensor:
-        value = _tensor(data)
+        value = as_tensor(data)
         axis = int(call.attrs.axis) % len(value.shape)
         order = value.axes if axis in value.axes else tuple(range(len(value.shape)))
         return Tensor(
@@ -191,7 +172,7 @@ def _binary(make: Callable[[relax.Expr, relax.Expr], relax.Expr], commutes: bool
             return _binary_of_tensors(build, make, left, right)
         value, array = (left, right) if isinstance(left, Tensor) else (right, left)
         assert isinstance(value, Tensor)
-        array = _array(array, "second argument")
+        array = as_array(array, "second argument")
         order, operand = _operand(build, name, value, array)
         expr = build.ordered(value, order)
         if commutes or value is left:
@@ -205,7 +186,7 @@ def _binary_of_tensors(
     build: Builder, make: Callable[[relax.Expr, relax.Expr], relax.Expr], left: Tensor, right: Tensor
 ) -> Tensor:
     if len(left.shape) != len(right.shape):
-        raise Unsupported(f"it joins shapes {left.shape} and {right.shape}")
+        raise UnsupportedFormError(f"it joins shapes {left.shape} and {right.shape}")
     # The layout of the input is the source's, that of everything else is ours: ours is kept.
     leader = right if left.expr in build.inputs or len(right.axes) > len(left.axes) else left
     order = leader.axes
@@ -225,13 +206,13 @@ def _operand(build: Builder, name: str, value: Tensor, array: Array) -> tuple[tu
     if array.value.size == 1 and not array.name:
         return value.axes, relax.const(array.value.reshape(()), str(array.value.dtype))
     if len(array.shape) > rank:
-        raise Unsupported(f"it joins shapes {value.shape} and {array.shape}")
+        raise UnsupportedFormError(f"it joins shapes {value.shape} and {array.shape}")
     aligned = array.value.reshape((1,) * (rank - len(array.shape)) + array.shape)
     if any(a not in (1, b) for a, b in zip(aligned.shape, value.shape, strict=True)):
-        raise Unsupported(f"it joins shapes {value.shape} and {array.shape}")
+        raise UnsupportedFormError(f"it joins shapes {value.shape} and {array.shape}")
     wide = [axis for axis in range(rank) if aligned.shape[axis] > 1]
     if 0 in wide:
-        raise Unsupported(f"a parameter of shape {array.shape} holds the batch")
+        raise UnsupportedFormError(f"a parameter of shape {array.shape} holds the batch")
     order = value.axes
     if len(wide) == 1 and (wide[0] != order[-1]):
         order = channels_last(rank, wide[0])
@@ -249,15 +230,15 @@ def _operand(build: Builder, name: str, value: Tensor, array: Array) -> tuple[tu
 def _pool(make: Callable[..., relax.Expr]) -> Callable[[Builder, relax.Call, Value], Tensor]:
     def handle(build: Builder, call: relax.Call, data: Value) -> Tensor:
         attrs = call.attrs
-        value, order = _spatial(data, attrs.layout)
+        value, order = spatial(data, attrs.layout)
         if attrs.out_layout not in ("", attrs.layout):
-            raise Unsupported(f"output layout {attrs.out_layout}")
+            raise UnsupportedFormError(f"output layout {attrs.out_layout}")
         pooled = make(
             build.ordered(value, order),
-            pool_size=_ints(attrs.pool_size),
-            strides=_ints(attrs.strides),
-            padding=_ints(attrs.padding),
-            dilation=_ints(attrs.dilation),
+            pool_size=ints(attrs.pool_size),
+            strides=ints(attrs.strides),
+            padding=ints(attrs.padding),
+            dilation=ints(attrs.dilation),
             ceil_mode=bool(attrs.ceil_mode),
             count_include_pad=bool(attrs.count_include_pad),
             layout="NHWC",
@@ -267,106 +248,6 @@ def _pool(make: Callable[..., relax.Expr]) -> Callable[[Builder, relax.Call, Val
     return handle
 
 
-def _adaptive_avg_pool2d(build: Builder, call: relax.Call, data: Value) -> Tensor:
-    value, order = _spatial(data, call.attrs.layout)
-    size = [value.shape[axis] for axis in order[1:3]]
-    wanted = size if call.attrs.output_size is None else _ints(call.attrs.output_size)
-    wanted = wanted * 2 if len(wanted) == 1 else wanted
-    if wanted == [1, 1]:
-        return _average(build, value, order, keepdims=True)
-    if wanted == size:
-        return value
-    if any(a % b for a, b in zip(size, wanted, strict=True)):
-        raise Unsupported(f"an image of {size} does not divide into {wanted}")
-    window = [a // b for a, b in zip(size, wanted, strict=True)]
-    pooled = relax.op.nn.avg_pool2d(build.ordered(value, order), window, window, layout="NHWC")
-    return build.tensor(pooled, order)
-
-
-def _mean(build: Builder, call: relax.Call, data: Value) -> Tensor:
-    value = _tensor(data)
-    rank = len(value.shape)
-    axes = list(range(rank)) if call.attrs.axis is None else _axes(call.attrs.axis, rank)
-    if rank != 4 or len(axes) != 2 or 0 in axes:
-        raise Unsupported(f"it averages axes {axes} of {rank}; height and width of an image are needed")
-    kept = next(axis for axis in range(1, 4) if axis not in axes)
-    return _average(build, value, channels_last(4, kept), bool(call.attrs.keepdims))
-
-
-def _average(build: Builder, value: Tensor, order: Sequence[int], keepdims: bool) -> Tensor:
-    """Emit R.mean over height and width; kept axes of extent 1 are bookkeeping only."""
-    source = build.ordered(value, order)
-    made = build.emit(relax.op.mean(source, axis=[1, 2], keepdims=False))
-    build.note(made).averaged = source
-    channels, batch = value.shape[order[-1]], value.shape[0]
-    if not keepdims:
-        return Tensor(made, (0, 1), (batch, channels))
-    return Tensor(made, (0, order[-1]), tuple(1 if a in order[1:3] else e for a, e in enumerate(value.shape)))
-
-
-def _reshaped(build: Builder, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give the tensor another shape: as bookkeeping if only extents of 1 come and go, else by an operator."""
-    if shape == value.shape:
-        return value
-    if not shape or shape[0] != value.shape[0]:
-        raise Unsupported(f"it takes {value.shape} to {shape}; the first axis, the batch, must stay")
-    renamed = _rename_axes(value, shape)
-    if renamed is not None:
-        return renamed
-    rank = len(value.shape)
-    if len(shape) == 2:
-        # Where the extents other than 1 stand in the source's order anyway, there is nothing to transpose.
-        wide = [axis for axis in value.axes if axis == 0 or value.shape[axis] > 1]
-        expr = (
-            value.expr if wide == sorted(wide) and len(value.axes) > 1 else build.ordered(value, range(rank))
-        )
-        return build.tensor(relax.op.nn.batch_flatten(expr), (0, 1))
-    return build.tensor(relax.op.reshape(build.ordered(value, range(rank)), shape), range(len(shape)))
-
-
-def _rename_axes(value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Give the tensor the new shape where that only inserts or removes extents of 1 that `expr` does not hold."""
-    old = [axis for axis, extent in enumerate(value.shape) if axis == 0 or extent > 1]
-    new = [axis for axis, extent in enumerate(shape) if axis == 0 or extent > 1]
-    if [value.shape[axis] for axis in old] != [shape[axis] for axis in new]:
-        return None
-    names = dict(zip(old, new, strict=True))
-    for axis in value.axes:
-        if axis not in names:
-            if axis >= len(shape) or shape[axis] != 1 or axis in names.values():
-                return None
-            names[axis] = axis
-    return Tensor(value.expr, tuple(names[axis] for axis in value.axes), shape)
-
-
-def _reshape(build: Builder, call: relax.Call, data: Value, shape: Any) -> Tensor:
-    del shape
-    return _reshaped(build, _tensor(data), tuple(_ints(call.ty.shape)))
-
-
-def _batch_flatten(build: Builder, call: relax.Call, data: Value) -> Tensor:
-    return _reshaped(build, _tensor(data), tuple(_ints(call.ty.shape)))
-
-
-def _permute_dims(build: Builder, call: relax.Call, data: Value) -> Tensor:
-    del build
-    value = _tensor(data)
-    rank = len(value.shape)
-    axes = list(range(rank))[::-1] if call.attrs.axes is None else _axes(call.attrs.axes, rank)
-    shape = tuple(value.shape[axis] for axis in axes)
-    return Tensor(value.expr, tuple(axes.index(axis) for axis in value.axes), shape)
-
-
-def _concat(build: Builder, call: relax.Call, parts: tuple[Value, ...]) -> Tensor:
-    values = [_tensor(part) for part in parts]
-    rank = len(values[0].shape)
-    axis = int(call.attrs.axis) % rank
-    leader = next((v for v in values if v.expr not in build.inputs), values[0])
-    order = leader.axes if axis in leader.axes and len(leader.axes) == rank else tuple(range(rank))
-    joined = relax.op.concat([build.ordered(value, order) for value in values], axis=order.index(axis))
-    return build.tensor(joined, order)
-
-
 def _dropout(build: Builder, call: relax.Call, data: Value) -> tuple[Value, None]:
     del build, call
     return data, None
@@ -374,9 +255,9 @@ def _dropout(build: Builder, call: relax.Call, data: Value) -> tuple[Value, None
 
 def _astype(build: Builder, call: relax.Call, data: Value) -> Tensor:
     del build
-    value = _tensor(data)
+    value = as_tensor(data)
     if str(call.ty.dtype) != str(value.expr.ty.dtype):
-        raise Unsupported(f"it casts {value.expr.ty.dtype} to {call.ty.dtype}")
+        raise UnsupportedFormError(f"it casts {value.expr.ty.dtype} to {call.ty.dtype}")
     return value
 
 
@@ -399,55 +280,6 @@ def _bound(upper: bool) -> Callable[..., Tensor]:
     return handle
 
 
-def _view(change: Callable[[relax.Call, np.ndarray], np.ndarray]) -> Callable[..., Array]:
-    """Fold an operator that only shows a parameter in another shape: its name stays."""
-
-    def fold(call: relax.Call, array: Array, *_: Any) -> Array:
-        return Array(change(call, array.value), array.name)
-
-    return fold
-
-
-def _to_shape(call: relax.Call, value: np.ndarray) -> np.ndarray:
-    return value.reshape(_ints(call.ty.shape))
-
-
-def _transpose(call: relax.Call, value: np.ndarray) -> np.ndarray:
-    return value.transpose(None if call.attrs.axes is None else _ints(call.attrs.axes))
-
-
-def _cast(call: relax.Call, value: np.ndarray) -> np.ndarray:
-    return value.astype(str(call.ty.dtype))
-
-
-def _computed(function: Callable[..., np.ndarray]) -> Callable[..., Array]:
-    """Fold an operator on constants: what it gives has no name."""
-
-    def fold(call: relax.Call, *arrays: Array) -> Array:
-        return Array(np.asarray(function(*(array.value for array in arrays)), dtype=str(call.ty.dtype)))
-
-    return fold
-
-
-# Operators on parameters and constants alone, computed while reading.
-FOLDED: dict[str, Callable[..., Array]] = {
-    "relax.reshape": _view(_to_shape),
-    "relax.squeeze": _view(_to_shape),
-    "relax.expand_dims": _view(_to_shape),
-    "relax.flatten": _view(_to_shape),
-    "relax.permute_dims": _view(_transpose),
-    "relax.astype": _view(_cast),
-    "relax.add": _computed(np.add),
-    "relax.subtract": _computed(np.subtract),
-    "relax.multiply": _computed(np.multiply),
-    "relax.divide": _computed(np.divide),
-    "relax.maximum": _computed(np.maximum),
-    "relax.minimum": _computed(np.minimum),
-    "relax.sqrt": _computed(np.sqrt),
-    "relax.isnan": _computed(np.isnan),
-    "relax.where": _computed(np.where),
-}
-
 HANDLERS: dict[str, Callable[..., Any]] = {
     "relax.nn.conv2d": _conv2d,
     "relax.matmul": _matmul,
@@ -468,15 +300,15 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "relax.minimum": _bound(upper=True),
     "relax.nn.max_pool2d": _pool(relax.op.nn.max_pool2d),
     "relax.nn.avg_pool2d": _pool(relax.op.nn.avg_pool2d),
-    "relax.nn.adaptive_avg_pool2d": _adaptive_avg_pool2d,
-    "relax.mean": _mean,
-    "relax.reshape": _reshape,
-    "relax.squeeze": _batch_flatten,
-    "relax.expand_dims": _batch_flatten,
-    "relax.flatten": _batch_flatten,
-    "relax.nn.batch_flatten": _batch_flatten,
-    "relax.permute_dims": _permute_dims,
-    "relax.concat": _concat,
+    "relax.nn.adaptive_avg_pool2d": canonical_shapes.adaptive_avg_pool2d,
+    "relax.mean": canonical_shapes.mean,
+    "relax.reshape": canonical_shapes.reshape,
+    "relax.squeeze": canonical_shapes.change_shape,
+    "relax.expand_dims": canonical_shapes.change_shape,
+    "relax.flatten": canonical_shapes.change_shape,
+    "relax.nn.batch_flatten": canonical_shapes.change_shape,
+    "relax.permute_dims": canonical_shapes.permute_dims,
+    "relax.concat": canonical_shapes.concat,
     "relax.nn.dropout": _dropout,
     "relax.astype": _astype,
 }

@@ -1,7 +1,8 @@
-"""What Canonicalize works on: tensors with a free layout, arrays known at compile time, and the module being built."""
+"""What Canonicalize works on: tensors with a free layout, known arrays, and the module being built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tvm import relax
@@ -87,7 +88,7 @@ class Builder:
         return Tensor(self.emit(expr), source.axes, source.shape)
 
     def ordered(self, value: Tensor, order: Sequence[int]) -> relax.Var:
-        """Give the tensor with its axes in this order; transposes and inserts unit axes where that is needed."""
+        """Give the tensor with its axes in this order; transposes and adds unit axes where needed."""
         order = tuple(order)
         if value.axes == order:
             return value.expr
@@ -121,8 +122,8 @@ class Builder:
     def parameter(self, array: Array, derived: str) -> relax.Var:
         """Make a parameter; `derived` names it where it has no name, or where its name is taken already.
 
-        Importers share a parameter among its uses (all-zero biases, say). Here every use gets one of its own, so
-        that pruning and training can treat them apart.
+        Importers share a parameter among its uses (all-zero biases, say). Here every use gets one of its own,
+        so that pruning and training can treat them apart.
         """
         name = array.name or derived
         if name in self.parameters:
@@ -137,3 +138,34 @@ class Builder:
         var = relax.Var(name, relax.TensorType(value.shape, str(value.dtype)))
         self.parameters[name] = (var, value)
         return var
+
+
+class UnsupportedFormError(Exception):
+    """Why an operator cannot be taken as it stands; Canonicalize adds the operator's name and place."""
+
+
+def as_tensor(value: Any) -> Tensor:
+    """Give a value that depends on the input."""
+    if not isinstance(value, Tensor):
+        raise UnsupportedFormError("it is computed from parameters alone")
+    return value
+
+
+def as_array(value: Any, what: str) -> Array:
+    """Give a value that is known; `what` it is for stands in the message."""
+    if not isinstance(value, Array):
+        raise UnsupportedFormError(f"its {what} must be parameters, but are computed from the input")
+    return value
+
+
+def ints(values: Any) -> list[int]:
+    """Give TVM's integers as Python's."""
+    return [int(value) for value in values]
+
+
+def spatial(value: Value, layout: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Give a 4-D tensor with the order of its axes that is NHWC."""
+    value = as_tensor(value)
+    if len(value.shape) != 4 or sorted(layout) != sorted("NCHW"):
+        raise UnsupportedFormError(f"layout {layout}, {len(value.shape)} axes; images with 4 axes are needed")
+    return value, tuple(layout.index(axis) for axis in "NHWC")

@@ -1,7 +1,6 @@
 """Bring what importers produce into the canonical form of docs/architecture.md."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,11 @@ from tvm import IRModule, relax
 from tvm.ir import GenericConst, Op, Tuple
 
 from tvm_compress.errors import ModelError, TvmCompressError, UnsupportedOperatorError
-from tvm_compress.passes.canonical_ops import FOLDED, HANDLERS, Unsupported
-from tvm_compress.passes.canonical_values import Array, Builder, Tensor, Value
+from tvm_compress.passes.canonical_folding import FOLDED
+from tvm_compress.passes.canonical_ops import HANDLERS
+from tvm_compress.passes.canonical_values import Array, Builder, Tensor, UnsupportedFormError, Value
 from tvm_compress.passes.graph import bindings, operator, tensors
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import STAGE, num_inputs, parameter_vars, with_values
 
 # Every operator that a float module may hold: what the twin computes and the kernels lower.
@@ -53,14 +54,14 @@ _KERNELS = frozenset(
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_compress.Canonicalize")
-class Canonicalize:
+class Canonicalize(ModulePass):
     """Rebuild `main` in the canonical form: importer output -> float.
 
-    The imported operators are read one by one, with their layouts as bookkeeping: transpositions and reshapes to
-    and from extents of 1 cost nothing until an operator needs the axes in another order. Constants and parameters
-    are folded through such operators too, and become parameters where a layer takes them. Names given are kept;
-    what has no name is named after its layer (`BASE.bias`, `BASE.running_mean`). Applying it twice is applying it
-    once.
+    The imported operators are read one by one, with their layouts as bookkeeping: transpositions and reshapes
+    to and from extents of 1 cost nothing until an operator needs the axes in another order. Constants and
+    parameters are folded through such operators too, and become parameters where a layer takes them, one for
+    each use. Names given are kept; what has no name is named after its layer (`BASE.bias`,
+    `BASE.running_mean`). Applying it twice is applying it once.
 
     Raises
     ------
@@ -200,7 +201,7 @@ class _Reader:
                 return FOLDED[name](call, *arguments)
             if name in HANDLERS:
                 return HANDLERS[name](build, call, *arguments)
-        except Unsupported as error:
+        except UnsupportedFormError as error:
             raise UnsupportedOperatorError(
                 f"Operator {name} {_where(build)} is not supported: {error}."
             ) from error
@@ -235,14 +236,10 @@ def _finish(module: IRModule, build: Builder) -> IRModule:
     function = module["main"]
     read = {arg for _, value in bindings(function) for arg in tensors(value)}
     read |= set(tensors(function.body.body))
-    variables = [var for var in parameter_vars_of(function, len(build.inputs)) if var in read]
-    params = [*list(function.params)[: len(build.inputs)], *variables]
+    inputs, variables = list(function.params)[: len(build.inputs)], list(function.params)[len(build.inputs) :]
+    variables = [var for var in variables if var in read]
+    params = [*inputs, *variables]
     function = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)
     function = function.with_attr("num_input", len(build.inputs)).with_attr(STAGE, "float")
     function = with_values(function, [build.parameters[var.name][1] for var in variables])
     return IRModule({module.get_global_var("main"): function})
-
-
-def parameter_vars_of(function: relax.Function, inputs: int) -> Sequence[relax.Var]:
-    """Give a function's variables after its inputs, before an attribute says how many these are."""
-    return list(function.params)[inputs:]

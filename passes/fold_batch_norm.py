@@ -2,12 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tvm
 from tvm import IRModule, relax
 
 from tvm_compress.passes.graph import bindings, operator, substitute, tensors, weight_parameter
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import (
     get_params,
     num_inputs,
@@ -22,13 +24,13 @@ _SITES = ("relax.nn.conv2d", "relax.matmul")
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_compress.FoldBatchNorm")
-class FoldBatchNorm:
+class FoldBatchNorm(ModulePass):
     """Fold each batch norm whose input is an fp32 site's own output, with or without bias: the stage stays.
 
     With a = gamma / sqrt(variance + epsilon), per output channel, w becomes a * w and b becomes
-    a * (b - mean) + beta. The weight keeps its name, so does the bias, which is named after the site where there
-    was none; the four parameters of the batch norm go. A batch norm after anything else, or after a quantized
-    site, stays.
+    a * (b - mean) + beta. The weight keeps its name, so does the bias, which is named after the site where
+    there was none; the four parameters of the batch norm go. A batch norm after anything else, or after a
+    quantized site, stays.
     """
 
     def transform_module(self, module: IRModule, context: tvm.transform.PassContext) -> IRModule:
@@ -68,7 +70,7 @@ class _Folder:
         if not isinstance(value, relax.TupleGetItem) or value.index != 0:
             return None
         norm = value.tuple_value
-        call = self._defined.get(norm)
+        call: Any = self._defined.get(norm)
         if operator(call) != "relax.nn.batch_norm" or self._uses[norm] != 1:
             return None
         data = call.args[0]
@@ -77,10 +79,10 @@ class _Folder:
         ):
             return None
         made, bias = data, None
-        added = self._defined.get(data)
+        added: Any = self._defined.get(data)
         if operator(added) == "relax.add" and self._is_bias(added.args[1], data):
             made, bias = added.args
-        site = self._defined.get(made)
+        site: Any = self._defined.get(made)
         if operator(site) not in _SITES or self._uses[made] != 1 or self._uses[data] != 1:
             return None
         weight = self._own_weight(site.args[1])

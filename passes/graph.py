@@ -59,7 +59,7 @@ def substitute(expr: relax.Expr, replaced: Mapping[relax.Var, relax.Expr]) -> re
 def weight_parameter(
     expr: relax.Expr, defined: Mapping[relax.Var, relax.Expr], function: relax.Function
 ) -> relax.Var | None:
-    """Give the parameter that a weight comes from, through its transposition and quantization; None if none."""
+    """Give the parameter that a weight comes from, through transposition and quantization, or None."""
     while isinstance(expr, relax.Var) and expr in defined:
         expr = defined[expr]
         if operator(expr) in _WEIGHT_WRAPPERS:

@@ -69,8 +69,8 @@ def find_coupled_sets(module: IRModule) -> list[CoupledSet]:
     """Give the coupled sets of a float module in order of execution; each site produces exactly one of them.
 
     The identity of channels is followed forward from the site that makes them: operators that work channel by
-    channel pass it on, additions unite it, a flatten gives each channel a block, a concatenation sets channels
-    side by side. Where that cannot be followed, the set is frozen, with the reason.
+    channel pass it on, additions unite it, a flatten gives each channel a block, a concatenation sets
+    channels side by side. Where that cannot be followed, the set is frozen, with the reason.
     """
     function = module["main"]
     analysis = _Analysis(function)
@@ -211,9 +211,11 @@ class _Analysis:
         if channels is not None:
             self._tensors[var] = channels
 
-    def _freeze_call(self, call: relax.Call) -> None:
+    def _freeze_call(self, call: relax.Call) -> _Channels | None:
+        """Freeze all that a call reads; its result is unknown."""
         for argument in tensors(call):
             self.freeze(self.channels_of(argument), f"{operator(call)} mixes these channels")
+        return None
 
     def _site(self, call: relax.Call) -> tuple[Site, relax.Var] | None:
         weight = weight_parameter(call.args[1], self._defined, self._function)

@@ -1,7 +1,7 @@
 """A module's parameters by name, and the stage that a module is in.
 
-Parameters are the variables of `main` after its first `num_input`; their values stand, in the same order, in the
-function attribute `params`, where TVM's importers leave them.
+Parameters are the variables of `main` after its first `num_input`; their values stand, in the same order, in
+the function attribute `params`, where TVM's importers leave them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ STAGES = ("float", "annotated", "qdq", "integer", "kernels")
 
 
 def get_stage(module: IRModule) -> str:
-    """Give the stage of a module ("float", "annotated", "qdq", "integer", "kernels"); "" before Canonicalize."""
+    """Give the stage of a module, one of `STAGES`; "" before Canonicalize."""
     return str((module["main"].attrs or {}).get(STAGE, ""))
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tvm
 from tvm import IRModule, relax
+from tvm.target import Target
 
 from tvm_compress.errors import ModelError, PolicyError
 from tvm_compress.passes.annotate_quantization import ActivationRanges, AnnotateQuantization
@@ -26,9 +27,9 @@ from tvm_compress.passes.sites import find_sites
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos, lower_to_kernels
 from tvm_compress.schedules.target_rules import parse_target
 
-TargetLike = str | Mapping[str, Any] | tvm.target.Target
-Calibrate = Callable[[IRModule], ActivationRanges]
-Folder = str | os.PathLike[str]
+TargetLike: TypeAlias = str | Mapping[str, Any] | Target
+Calibrate: TypeAlias = Callable[[IRModule], ActivationRanges]
+Folder: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Compiled:
     executable: relax.VMExecutable
     kernels: list[KernelInfo]
     module: IRModule
-    target: tvm.target.Target
+    target: Target
 
     def export(self, path: Folder, fcompile: Callable[..., None] | None = None) -> Path:
         """Write the library to a file, which is never seen half-written.
 
-        `fcompile(output, objects, options=None, **kw)` links for another machine than this one; None takes the
-        host's compiler.
+        `fcompile(output, objects, options=None, **kw)` links for another machine than this one; None takes
+        the host's compiler.
         """
         path = Path(path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
@@ -66,16 +67,17 @@ class Compiled:
         return path
 
 
-class _Dump:
-    """Writes the module's script after each phase into a folder, if there is one."""
+class _Phases:
+    """Applies passes, and writes the module's script after each into a folder, if there is one."""
 
     def __init__(self, folder: Folder | None) -> None:
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, phase: str, module: IRModule) -> IRModule:
-        """Write and return the module; files are numbered on from those in the folder."""
+    def __call__(self, phase: str, change: Any, module: IRModule) -> IRModule:
+        """Give the module after a pass (or function); files are numbered on from those in the folder."""
+        module = change(module)
         if self._folder is not None:
             number = len(list(self._folder.glob("[0-9][0-9]_*.py")))
             (self._folder / f"{number:02d}_{phase}.py").write_text(module.script(show_meta=False) + "\n")
@@ -94,11 +96,11 @@ def compress(
     Parameters
     ----------
     module
-        A float module (or what an importer gives: it is canonicalised first), unpruned.
+        A float module, unpruned (what an importer gives is canonicalised first).
     scores
         See `PruneChannels`.
     calibration
-        Ranges of the *pruned* module's activations, or a function that takes the pruned module and gives them.
+        Ranges of the *pruned* module's activations, or a function that gives them for the pruned module.
     dump
         Folder for the module's script after each phase.
 
@@ -107,9 +109,9 @@ def compress(
     PolicyError
         Where the policy does not fit the module, or sites are quantized without calibration.
     """
-    write = _Dump(dump)
+    run = _Phases(dump)
     if not get_stage(module):
-        module = write("canonicalize", Canonicalize()(module))
+        module = run("canonicalize", Canonicalize(), module)
     require_stage(module, "float", what="compress")
     sites = find_sites(module)
     policy.check(sites)
@@ -119,13 +121,13 @@ def compress(
             f"Site {quantized[0]!r} is quantized, but there is no calibration.",
             "Give the ranges of its input (tvm_compress.calibration.calibrate).",
         )
-    module = write("prune_channels", PruneChannels(policy, scores)(module))
+    module = run("prune_channels", PruneChannels(policy, scores), module)
     if not quantized:
         return module
-    # A calibration is no function: it has `range`.
-    ranges = calibration if hasattr(calibration, "range") else calibration(module)  # type: ignore[operator, misc]
-    module = write("annotate_quantization", AnnotateQuantization(policy, ranges)(module))
-    return write("insert_qdq", InsertQDQ()(module))
+    ranges = calibration(module) if callable(calibration) else calibration
+    assert ranges is not None
+    module = run("annotate_quantization", AnnotateQuantization(policy, ranges), module)
+    return run("insert_qdq", InsertQDQ(), module)
 
 
 def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> IRModule:
@@ -138,18 +140,18 @@ def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> I
     KernelError
         Where a site has no kernel.
     """
-    write = _Dump(dump)
+    run = _Phases(dump)
     require_stage(module, "float", "qdq", "integer", what="lower")
     parsed = parse_target(target)
     if get_stage(module) != "integer":
         # In a QDQ module only the fp32 sites' batch norms: the quantized sites' go with their realisation.
-        module = write("fold_batch_norm", FoldBatchNorm()(module))
+        module = run("fold_batch_norm", FoldBatchNorm(), module)
     if get_stage(module) == "qdq":
-        module = write("realize_integer", RealizeInteger()(module))
-    module = write("bind_params", bind_params(module))
+        module = run("realize_integer", RealizeInteger(), module)
+    module = run("bind_params", bind_params, module)
     if any(operator(value) == "relax.nn.batch_norm" for _, value in bindings(module["main"])):
-        module = write("decompose_batch_norm", relax.transform.DecomposeOpsForInference()(module))
-    return write("kernels", with_stage(lower_to_kernels(module, parsed), "kernels"))
+        module = run("decompose_batch_norm", relax.transform.DecomposeOpsForInference(), module)
+    return run("kernels", lambda one: with_stage(lower_to_kernels(one, parsed), "kernels"), module)
 
 
 def build(module: IRModule, target: TargetLike, dump: Folder | None = None) -> Compiled:

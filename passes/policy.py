@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tvm_compress.errors import PolicyError
-from tvm_compress.passes.groups import CoupledSet
+from tvm_compress.passes.groups import CoupledSet, round_channels
 from tvm_compress.passes.sites import Site
 
 VERSION = 1
@@ -232,6 +232,13 @@ class CompressionPolicy:
         PolicyError
             On unknown sites, channels that the site has not, and a policy made for another model.
         """
+        found = fingerprint(sites)
+        if self.model and self.model != found:
+            raise PolicyError(
+                f"This is a policy for another model: made for sites with fingerprint {self.model}, "
+                f"the model's is {found}.",
+                "Search again for this model, or give the model that the policy was made for.",
+            )
         known = {site.name: site for site in sites}
         for name, wanted in self.sites.items():
             site = known.get(name)
@@ -242,19 +249,14 @@ class CompressionPolicy:
                 )
             if wanted.channels is not None and wanted.channels > site.out_channels:
                 raise PolicyError(
-                    f"Site {name!r} has {site.out_channels} output channels; {wanted.channels} cannot be kept."
+                    f"Site {name!r} has {site.out_channels} output channels; "
+                    f"{wanted.channels} cannot be kept."
                 )
             if wanted.kept is not None and wanted.kept[-1] >= site.out_channels:
                 raise PolicyError(
-                    f"Site {name!r} has {site.out_channels} output channels; there is no channel {wanted.kept[-1]}."
+                    f"Site {name!r} has {site.out_channels} output channels; "
+                    f"there is no channel {wanted.kept[-1]}."
                 )
-        found = fingerprint(sites)
-        if self.model and self.model != found:
-            raise PolicyError(
-                f"This is a policy for another model: made for sites with fingerprint {self.model}, "
-                f"the model's is {found}.",
-                "Search again for this model, or give the model that the policy was made for.",
-            )
 
     def legalize(
         self, sites: Sequence[Site], rules: BitserialRules, sets: Sequence[CoupledSet] = ()
@@ -275,12 +277,10 @@ class CompressionPolicy:
             groups = ins if site.groups == site.in_channels > 1 else site.groups
             broken = rules.bitserial_legal(site.kind, ins, outs, groups, height, width)
             if broken is not None:
+                bits = f"{wanted.weight_bits}x{wanted.activation_bits}"
+                note = f"INT8 instead of bit-serial {bits}: {broken}"
                 changed[site.name] = replace(
-                    wanted,
-                    scheme="int8",
-                    weight_bits=8,
-                    activation_bits=8,
-                    note=f"INT8 instead of bit-serial {wanted.weight_bits}x{wanted.activation_bits}: {broken}",
+                    wanted, scheme="int8", weight_bits=8, activation_bits=8, note=note
                 )
         return replace(self, sites=changed)
 
@@ -288,11 +288,15 @@ class CompressionPolicy:
 def channels_after(
     sites: Sequence[Site], sets: Sequence[CoupledSet], policy: CompressionPolicy
 ) -> dict[str, tuple[int, int]]:
-    """Give each site's input and output channels that are left by the policy's pruning."""
+    """Give each site's input and output channels that are left by the policy's pruning and rounding."""
     cut: dict[tuple[str, int], int] = {}
     for coupled in sets:
-        wanted = [policy[name].channels for name in coupled.producers]
-        kept = next((channels for channels in wanted if channels is not None), coupled.channels)
+        asked = [policy[name] for name in coupled.producers]
+        if any(site.kept is not None for site in asked):
+            kept = next(len(site.kept) for site in asked if site.kept is not None)
+        else:
+            wanted = next((site.channels for site in asked if site.channels is not None), coupled.channels)
+            kept = round_channels(wanted, coupled.channels, policy.rounding)
         for one in coupled.cuts:
             key = one.parameter, one.axis
             cut[key] = cut.get(key, 0) + (coupled.channels - kept) * one.repeat

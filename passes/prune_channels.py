@@ -10,6 +10,7 @@ from tvm import IRModule, relax
 from tvm_compress.errors import PolicyError
 from tvm_compress.passes.graph import bindings, operator, substitute
 from tvm_compress.passes.groups import CoupledSet, find_coupled_sets, round_channels
+from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import get_params, parameter_vars, require_stage, with_main, with_values
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.sites import find_sites
@@ -19,18 +20,18 @@ Scores = Mapping[str, np.ndarray]
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_compress.PruneChannels")
-class PruneChannels:
+class PruneChannels(ModulePass):
     """Cut the channels that a policy removes out of every parameter that holds them: float -> float.
 
     Parameters
     ----------
     policy
-        Says how many (`channels`) or which (`kept`) output channels of a site are kept. All producers of a coupled
-        set lose the same channels; it is enough that one of them is named, several must agree.
+        Says how many (`channels`) or which (`kept`) output channels of a site are kept. All producers of a
+        coupled set lose the same channels; it is enough that one of them is named, several must agree.
     scores
-        By coupled set's name, one number per channel: the highest are kept, the lower index first among equals.
-        Needed for criterion "tolerance" where `kept` is not given; "l1" and "l2" sum |w| or w**2
-        over the weights of all producers.
+        By coupled set's name, one number per channel: the highest are kept, the lower index first among
+        equals. Needed for criterion "tolerance" where `kept` is not given; without scores "l1" and "l2" sum
+        |w| or w**2 over the weights of all producers.
 
     Raises
     ------
@@ -126,13 +127,14 @@ def _score(
         found = np.asarray(scores[coupled.name], np.float64)
         if found.shape != (coupled.channels,) or not np.isfinite(found).all():
             raise PolicyError(
-                f"Site {coupled.name!r} needs {coupled.channels} finite scores, not an array of shape {found.shape}."
+                f"Site {coupled.name!r} needs {coupled.channels} finite scores, "
+                f"not an array of shape {found.shape}."
             )
         return found
     if policy.criterion == "tolerance":
         raise PolicyError(
-            f"Site {coupled.name!r} says how many channels to keep, not which, and criterion 'tolerance' needs "
-            "scores from data.",
+            f"Site {coupled.name!r} says how many channels to keep, not which, and criterion 'tolerance' "
+            "needs scores from data.",
             "Give scores (tvm_compress.tolerance.channel_scores), or use criterion l1 or l2.",
         )
     power = 1 if policy.criterion == "l1" else 2

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import torch
 import tvm
+from torch import nn
 from tvm import relax
 from tvm.support import cc
 from tvm.target import Target
@@ -14,7 +16,9 @@ from tvm_compress.passes.pipeline import build, compress, lower, register_pipeli
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 
-INT8 = {"scheme": "int8", "weight_bits": 8, "activation_bits": 8}
+
+def int8(**rest):
+    return SitePolicy(scheme="int8", weight_bits=8, activation_bits=8, **rest)
 
 
 class Ranges:
@@ -69,8 +73,8 @@ def test_failed_export_leaves_nothing(sequential, tmp_path):
 
 
 def test_pruned_int8_network_end_to_end(residual, tmp_path):
-    sites = {site.name: SitePolicy(**INT8) for site in find_sites(residual.module)}
-    sites["layer1.conv1"] = SitePolicy(kept=(0, 2, 3, 6), **INT8)
+    sites = {site.name: int8() for site in find_sites(residual.module)}
+    sites["layer1.conv1"] = int8(kept=(0, 2, 3, 6))
     modules = []
 
     def calibrate(module):
@@ -100,7 +104,7 @@ def test_pruned_int8_network_end_to_end(residual, tmp_path):
 
 
 def test_mixed_network_keeps_fp32_sites(sequential):
-    policy = CompressionPolicy({"features.3": SitePolicy(**INT8)})
+    policy = CompressionPolicy({"features.3": int8()})
     qdq = compress(sequential.module, policy, calibration=Ranges())
     kinds = [kernel.kind for kernel in build(qdq, "host").kernels]
     assert kinds.count("conv2d_int8") == 1
@@ -122,17 +126,14 @@ def test_importer_output_is_canonicalised_first(residual):
 
 def test_same_policy_gives_the_same_bytes(residual):
     scores = {s.name: np.random.default_rng(0).random(s.channels) for s in find_coupled_sets(residual.module)}
-    policy = CompressionPolicy({"conv1": SitePolicy(channels=5, **INT8), "fc": SitePolicy(**INT8)})
+    policy = CompressionPolicy({"conv1": int8(channels=5), "fc": int8()})
     first, second = (compress(residual.module, policy, scores, Ranges()) for _ in range(2))
     assert tvm.ir.save_json(first) == tvm.ir.save_json(second)
 
 
 def test_batch_norm_without_a_layer_before_it(residual):
-    import torch
-    from torch import nn
-
     network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4))
-    network[0].running_mean.fill_(0.3)
+    network.get_buffer("0.running_mean").fill_(0.3)
     module = Canonicalize()(import_torch(network))
     with torch.no_grad():
         expected = network(torch.from_numpy(residual.x)).numpy()
@@ -157,9 +158,9 @@ def test_pipelines_are_known_to_relax(residual):
 
 def test_what_does_not_fit_is_refused(residual):
     with pytest.raises(PolicyError, match="Site 'fc' is quantized, but there is no calibration"):
-        compress(residual.module, CompressionPolicy({"fc": SitePolicy(**INT8)}))
+        compress(residual.module, CompressionPolicy({"fc": int8()}))
     with pytest.raises(PolicyError, match="names site 'other'"):
-        compress(residual.module, CompressionPolicy({"other": SitePolicy(**INT8)}), calibration=Ranges())
+        compress(residual.module, CompressionPolicy({"other": int8()}), calibration=Ranges())
     with pytest.raises(ModelError, match="compress takes a module of stage 'float', not 'qdq'"):
         compress(with_stage(residual.module, "qdq"), CompressionPolicy())
     with pytest.raises(ModelError, match="lower takes"):

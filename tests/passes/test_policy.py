@@ -187,6 +187,8 @@ def test_legalize_sees_pruned_channels(residual):
     )
     pruned = replace(policy, sites={**policy.sites, "layer1.conv1": SitePolicy(channels=3)})
     assert "not 3" in pruned.legalize(sites, RULES, sets)["layer1.conv2"].note
+    rounded = replace(pruned, rounding=4)
+    assert "not 4" in rounded.legalize(sites, RULES, sets)["layer1.conv2"].note
     # The shortcut's channels are those of conv2: naming one is enough.
     pruned = replace(policy, sites={**policy.sites, "layer2.shortcut.0": SitePolicy(channels=5)})
     assert "not 5" in pruned.legalize(sites, RULES, sets)["fc"].note

@@ -1,3 +1,5 @@
+# ruff: noqa: N805 - functions in TVMScript's classes are not methods
+# mypy: disable-error-code="valid-type, misc"
 from dataclasses import replace
 
 import numpy as np
@@ -209,7 +211,7 @@ def test_scores_must_fit(residual, scores):
 def test_policy_for_the_unpruned_model_does_not_fit_the_pruned_one(residual):
     policy = random_policy(residual.module, seed=1)
     pruned = PruneChannels(policy)(residual.module)
-    with pytest.raises(PolicyError, match="another model|output channels"):
+    with pytest.raises(PolicyError, match="another model"):
         PruneChannels(policy)(pruned)
 
 
