@@ -158,8 +158,8 @@ def as_tensors(
     part: tuple[np.ndarray, np.ndarray], indices: np.ndarray | slice, mean: float, std: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised images [n, 1, 28, 28] and labels [n]."""
-    x, y = part
-    return (torch.from_numpy(x[indices]).float() / 255 - mean) / std, torch.from_numpy(y[indices])
+    x, y = (torch.from_numpy(np.array(values[indices])) for values in part)
+    return (x.float() / 255 - mean) / std, y
 
 
 def write(path: Path, data: bytes) -> None:

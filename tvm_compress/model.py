@@ -208,7 +208,7 @@ def _imported(
     metadata: Mapping[str, Any],
 ) -> Model:
     """Make a Model of what an importer gave."""
-    module = Canonicalize()(module)
+    module = tvm.ir.transform.Sequential([Canonicalize()])(module)
     data = module["main"].params[0]
     spec = InputSpec(
         data.name, tuple(int(extent) for extent in data.ty.shape), "float32", tuple(mean), tuple(std)

@@ -48,7 +48,7 @@ def images(
 
 
 def save(path: Path, **arrays: np.ndarray) -> Path:
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=True, **arrays)
     return path
 
 

@@ -128,7 +128,7 @@ def test_training_script_resumes(tmp_path: Path) -> None:
             "1",
         ]
         command += ["--stop-after", str(stop)] if stop else []
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
         return done.stdout
 
     whole = train("whole")

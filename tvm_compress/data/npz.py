@@ -13,7 +13,7 @@ _PARTS = {"train": "train", "validation": "validation", "val": "validation", "te
 
 
 def read_npz(path: Path) -> Source:
-    """Read `x` and `y`, or `x_train` and `y_train` with, where they stand, `x_validation` or `x_val`, `x_test`.
+    """Read `x` and `y`, or `x_train` and `y_train` and, if there, `validation` (or `val`) and `test`.
 
     Raises
     ------

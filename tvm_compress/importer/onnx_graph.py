@@ -1,9 +1,9 @@
 """Rewrites an ONNX graph so that its initializers are exactly the parameters of its layers, named after them.
 
 Files differ by exporter: weights stand in initializers, in Constant nodes or behind Identity and Transpose;
-shapes are computed from shapes; one initializer serves several layers that happen to hold equal values. Afterwards
-each layer owns its parameters, dense layers are `Gemm` with weights [out, in], and all else that is constant is a
-Constant node.
+shapes are computed from shapes; one initializer serves several layers that happen to hold equal values.
+Afterwards each layer owns its parameters, dense layers are `Gemm` with weights [out, in], and whatever else
+is constant is a Constant node.
 """
 
 import re

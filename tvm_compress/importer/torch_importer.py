@@ -60,7 +60,7 @@ def read_exported_program(path: Path) -> ExportedProgram:
 def import_exported_program(program: ExportedProgram) -> tvm.IRModule:
     """Turn an exported program into a Relax module whose parameters bear their state_dict names.
 
-    Running statistics of batch norm become parameters too; TVM's importer alone would embed them as constants.
+    Running statistics of batch norm become parameters too; TVM's importer alone would make them constants.
 
     Raises
     ------
