@@ -58,9 +58,12 @@ def _requantize(node: Node, _: BatchNormMode) -> TensorFunction:
     half = (1 << shift) >> 1
 
     def requantize(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        product = x.to(torch.int64) * multiplier.to(torch.int64)
-        rounded = (product.abs() + half) >> shift
-        return torch.where(product < 0, -rounded, rounded).add_(zero_point).clamp_(low, high).to(dtype)
+        product = x.to(torch.int64).mul_(multiplier)
+        if shift > 0:
+            # A shift rounds down, so that with a half added it rounds halves up. Negative values get a half less
+            # 1 (their sign bits, shifted down, are -1): their halves then go down, away from zero.
+            product.add_(product >> 63).add_(half).bitwise_right_shift_(shift)
+        return product.clamp_(low - zero_point, high - zero_point).add_(zero_point).to(dtype)
 
     return requantize
 
@@ -96,12 +99,12 @@ def exact_pieces(w: torch.Tensor, largest_input: int, groups: int = 1) -> int:
 def _accumulate(
     x: torch.Tensor, w: torch.Tensor, axis: int, largest_input: int, groups: int, product: TensorFunction
 ) -> torch.Tensor:
-    """Sum `product` over exact pieces; x int32 with its channels at `axis`; int32."""
+    """Sum `product` over exact pieces; x float32 (whole numbers) with its channels at `axis`; int32."""
     pieces = exact_pieces(w, largest_input, groups)
     if pieces == 0:
         return product(x.to(torch.float64), w.to(torch.float64)).to(torch.int32)
     floats = zip(
-        x.to(torch.float32).tensor_split(pieces, dim=axis),
+        x.tensor_split(pieces, dim=axis),
         w.to(torch.float32).tensor_split(pieces, dim=1),
         strict=True,
     )
@@ -124,7 +127,7 @@ def _conv2d(node: Node, _: BatchNormMode) -> TensorFunction:
             return F.conv2d(x, w, None, strides, padding, dilation, groups)
 
     def convolve(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        centred = to_nchw(x.to(torch.int32) - zero_point)
+        centred = to_nchw(x.to(torch.float32).sub_(zero_point))
         centred = centred if before is None else F.pad(centred, before)
         return to_nhwc(_accumulate(centred, w, 1, largest, groups, product)) + b
 
@@ -135,7 +138,7 @@ def _dense(node: Node, _: BatchNormMode) -> TensorFunction:
     zero_point, largest = int(node.attr("zero_point", 0)), _largest_input(node)
 
     def dense(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _accumulate(x.to(torch.int32) - zero_point, w, 1, largest, 1, F.linear) + b
+        return _accumulate(x.to(torch.float32).sub_(zero_point), w, 1, largest, 1, F.linear) + b
 
     return dense
 
