@@ -16,16 +16,43 @@ from tvm_compress.passes.prune_channels import resolve_kept
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.twin import Twin
 
+# Learning rate at the QDQ stage, as a share of that at the float stage: there the weights only settle.
+QDQ_RATE = 0.5
+
 
 @dataclass(frozen=True)
 class Training:
-    """How a candidate is trained: epochs over `data`, with the dense model as teacher."""
+    """How a candidate is trained: some epochs pruned and still in float, the rest with its quantizers.
+
+    Parameters
+    ----------
+    data
+        Training images with labels.
+    float_epochs, qdq_epochs
+        At each stage. A candidate that lost no channels trains at the QDQ stage only, one that is not
+        quantized in float only, each for the epochs of both.
+    learning_rate
+        In float; half of it at the QDQ stage.
+    distill
+        Whether the dense model teaches.
+    progress
+        Called with the number of epochs done.
+    """
 
     data: Dataset
-    epochs: int
+    float_epochs: int
+    qdq_epochs: int
     learning_rate: float
     seed: int
-    progress: Callable[[int, dict[str, float]], None] | None = None
+    distill: bool = True
+    progress: Callable[[int], None] | None = None
+
+    def epochs(self, pruned: bool, quantized: bool) -> tuple[int, int]:
+        """Epochs (in float, at the QDQ stage) of a candidate."""
+        total = self.float_epochs + self.qdq_epochs
+        if not quantized:
+            return (total, 0) if pruned else (0, 0)
+        return (self.float_epochs, self.qdq_epochs) if pruned else (0, total if self.qdq_epochs else 0)
 
 
 @dataclass(frozen=True)
@@ -90,22 +117,38 @@ class Compressor:
     def apply(self, policy: CompressionPolicy, training: Training | None = None) -> Candidate:
         """Apply a policy and, if asked, train what comes of it."""
         policy = self.resolve(policy)
-        module = self.quantize(self.prune(policy), policy)
-        if training is not None and training.epochs > 0:
-            module = self._train(module, training)
+        pruned = self.prune(policy)
+        quantized = any(site.quantized for site in policy.sites.values())
+        if training is None:
+            module = self.quantize(pruned, policy)
+            return Candidate(policy, module, realize(module))
+        before, after = training.epochs(pruned is not self.module, quantized)
+        pruned = self._train(pruned, training, before, 0, training.learning_rate)
+        module = self.quantize(pruned, policy)
+        module = self._train(module, training, after, before, training.learning_rate * QDQ_RATE)
         return Candidate(policy, module, realize(module))
 
-    def _train(self, module: tvm.IRModule, training: Training) -> tvm.IRModule:
-        if self._teacher is None:
+    def _train(
+        self, module: tvm.IRModule, training: Training, epochs: int, before: int, rate: float
+    ) -> tvm.IRModule:
+        """Train for some epochs, `before` others being done."""
+        if not epochs:
+            return module
+        if training.distill and self._teacher is None:
             self._teacher = Twin(self.module)
+
+        def tell(epoch: int, _: dict[str, float]) -> None:
+            if training.progress is not None:
+                training.progress(before + epoch)
+
         return finetune(
             module,
             training.data,
-            training.epochs,
-            learning_rate=training.learning_rate,
+            epochs,
+            learning_rate=rate,
             seed=training.seed,
-            teacher=self._teacher,
-            progress=training.progress,
+            teacher=self._teacher if training.distill else None,
+            progress=tell,
         )
 
     def _calibration(self, pruned: tvm.IRModule) -> Calibration:

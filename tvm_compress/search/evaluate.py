@@ -34,7 +34,7 @@ class CompressionEvaluator:
     """Applies a policy and measures what comes of it; a policy seen before is answered from memory.
 
     Accuracy is that of the integer module, the integers that the artifact computes, on validation images; the
-    test images are not at hand here. The default does not train (see `SearchSettings.retrain_epochs`).
+    test images are not at hand here.
 
     Parameters
     ----------

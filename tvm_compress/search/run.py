@@ -232,9 +232,8 @@ class _Search:
         self, compressor: Compressor, source: LatencySource, meter: LatencyMeter
     ) -> CompressionEvaluator:
         settings = self.settings
-        training = Training(
-            self.images.retraining, settings.retrain_epochs, settings.finetune_lr, settings.seed
-        )
+        epochs, rate = settings.retrain_epochs, settings.finetune_lr
+        training = Training(self.images.retraining, epochs, 0, rate, settings.seed, distill=False)
         return CompressionEvaluator(
             compressor,
             source,

@@ -47,8 +47,9 @@ class SearchSettings:
     max_bits
         Largest bit width of a bit-serial site, 1 to 6.
     retrain_epochs
-        Epochs of retraining on `retrain_images` images before an episode's accuracy is taken. The default
-        of 0 only re-estimates the batch-norm statistics: it ranks policies well at a fraction of the time.
+        Epochs of retraining on `retrain_images` images of a pruned candidate, still in float, before an
+        episode's accuracy is taken. Without any, batch-norm statistics are re-estimated all the same, but strong
+        pruning leaves little more than chance, and the accuracy says nothing of what fine-tuning could reach.
     calibration_images, validation_images, sensitivity_images
         How many images calibrate the ranges (and re-estimate batch norm), give the accuracy of an episode
         (0: the whole validation set), and give the sensitivities.
@@ -73,13 +74,13 @@ class SearchSettings:
     criterion: str = "tolerance"
     beta: float = -3.0
     max_bits: int = 6
-    retrain_epochs: int = 0
+    retrain_epochs: int = 1
     retrain_images: int = 1024
     calibration_images: int = 256
     validation_images: int = 512
     sensitivity_images: int = 128
     finetune_epochs: int = 6
-    finetune_lr: float = 0.01
+    finetune_lr: float = 0.02
     refine_top: int = 1
     refine_pareto: int = 1
     measure_first: int = 8
