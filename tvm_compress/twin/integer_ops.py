@@ -60,8 +60,8 @@ def _requantize(node: Node, _: BatchNormMode) -> TensorFunction:
     def requantize(x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
         product = x.to(torch.int64).mul_(multiplier)
         if shift > 0:
-            # A shift rounds down, so that with a half added it rounds halves up. Negative values get a half less
-            # 1 (their sign bits, shifted down, are -1): their halves then go down, away from zero.
+            # A shift rounds down, so that with a half added it rounds halves up. Negative values get a half
+            # less 1 (their sign bits, shifted down, are -1): their halves then go down, away from zero.
             product.add_(product >> 63).add_(half).bitwise_right_shift_(shift)
         return product.clamp_(low - zero_point, high - zero_point).add_(zero_point).to(dtype)
 
