@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from tests.tvm_compress.twin_networks import random_resnet8, resnet8_module
 
+from tests.tvm_compress.twin_networks import random_resnet8, resnet8_module
 from tvm_compress.calibration import calibrate
 from tvm_compress.passes.annotate_quantization import AnnotateQuantization
 from tvm_compress.passes.insert_qdq import InsertQDQ
