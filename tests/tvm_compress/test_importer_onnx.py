@@ -189,16 +189,34 @@ def transposed_and_reshaped() -> tuple[onnx.ModelProto, set[str]]:
     return graph(nodes, arrays, batch="batch"), {"fc.weight"}
 
 
+def sum_of_three() -> tuple[onnx.ModelProto, set[str]]:
+    nodes = [
+        node("Conv", "image scope/w", "raw"),
+        node("Relu", "raw", "active"),
+        node("Sum", "raw active raw", "total"),
+        node("Sum", "total", "features"),
+        *head(),
+    ]
+    return graph(nodes, values(**{"scope/w": (4, 2, 3, 3), "head": (3, 4)})), {"scope/w", "head"}
+
+
 @pytest.mark.parametrize(
     "make",
-    [matmul_and_add, gemm_with_factors, weights_in_constants, anonymous_weights, transposed_and_reshaped],
+    [
+        sum_of_three,
+        matmul_and_add,
+        gemm_with_factors,
+        weights_in_constants,
+        anonymous_weights,
+        transposed_and_reshaped,
+    ],
 )
 def test_graphs_of_other_exporters(make: Callable[[], tuple[onnx.ModelProto, set[str]]]) -> None:
     proto, names = make()
     before = proto.SerializeToString()
     module = Model.from_onnx(proto).module
     assert proto.SerializeToString() == before
-    assert {"".join(name) for name in get_params(module)} == names
+    assert set(get_params(module)) == names
     x = RNG(1).normal(size=(1, 2, 6, 6)).astype(np.float32)
     np.testing.assert_allclose(run(module, x), reference(proto, x), rtol=1e-4, atol=1e-4)
 

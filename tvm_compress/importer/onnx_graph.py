@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from tvm_compress.errors import ModelError
 
 _ANONYMOUS = re.compile(
-    r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|.*/.*|"
+    r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|/.*|"
 )
 _BATCH_NORM_SLOTS = ("weight", "bias", "running_mean", "running_var")
 _LAYERS = ("Conv", "Gemm")
@@ -116,6 +116,8 @@ class _Rewriter:
                 self._dense(node)
             elif node.op_type == "BatchNormalization":
                 self._batch_norm(node)
+            elif node.op_type == "Sum":
+                node = self._as_additions(node)
             self.nodes.append(node)
             self.producer |= {name: node for name in node.output}
 
@@ -268,6 +270,16 @@ class _Rewriter:
             value = self._constant(node, index)
             if value is not None:
                 node.input[index] = self._parameter(node.input[index], f"{layer}.{slot}", value)
+
+    def _as_additions(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Spell a sum as additions, as residual networks of today do; returns the last of them."""
+        total = node.input[0]
+        for index, term in enumerate(node.input[1:-1]):
+            partial = f"{node.output[0]}_sum_{index}"
+            self.nodes.append(helper.make_node("Add", [total, term], [partial], name=node.name))
+            total = partial
+        last = [total, node.input[-1]] if len(node.input) > 1 else [total]
+        return helper.make_node("Add" if len(last) > 1 else "Identity", last, node.output, name=node.name)
 
     def _constant(self, node: onnx.NodeProto, index: int) -> np.ndarray | None:
         return self.constants.get(node.input[index]) if len(node.input) > index else None
