@@ -98,7 +98,7 @@ def compress_model(
     learning_rate: float = 0.01,
     seed: int = 0,
     images: int = 256,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Prune, quantize and fine-tune a dense model as a policy says; the test part is never touched.
 
@@ -120,7 +120,16 @@ def compress_model(
     some = split.train.subset(images, np.random.default_rng(seed))
     x = some.normalized()
     scores = channel_scores(model.module, x, some.y, criterion=policy.criterion)
-    training = Training(split.train, finetune_epochs, learning_rate, seed, progress)
+    # As the search's winners are trained: half of the epochs before the quantizers come, half with them.
+    training = Training(
+        split.train,
+        finetune_epochs // 2,
+        finetune_epochs - finetune_epochs // 2,
+        learning_rate,
+        seed,
+        True,
+        progress,
+    )
     candidate = Compressor(model.module, x, scores).apply(policy, training)
     return compressed_model(model, candidate.policy, candidate.module)
 

@@ -12,6 +12,7 @@ import torch
 from tvm_compress.artifact import Artifact, Verification
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
 from tvm_compress.data.dataset import Dataset, Split
+from tvm_compress.errors import TargetError
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets
@@ -64,13 +65,22 @@ def target_label(target: str) -> str:
     return {"host": "host", RPI4: "rpi4"}.get(target, re.sub(r"[^A-Za-z0-9.]+", "-", target).strip("-"))
 
 
-def device_for(target: str, settings: SearchSettings) -> Device | None:
-    """Device on which libraries for a target can be run here; None for a target that nothing here can run."""
+def device_for(target: str, settings: SearchSettings) -> Device:
+    """Device on which libraries for a target can be run here.
+
+    Raises
+    ------
+    TargetError
+        If nothing here can run them: an artifact that was not verified is not handed out.
+    """
     if target == "host" or (target == settings.target and settings.device == "local"):
         return open_device("local", threads=settings.threads)
-    if target == RPI4 or settings.device == "emulated-a72":
+    if target == RPI4 or (target == settings.target and settings.device == "emulated-a72"):
         return open_device("emulated-a72")
-    return None
+    raise TargetError(
+        f"Nothing here runs libraries for {target!r}, so the artifact could not be verified.",
+        f"Use host or {RPI4}, or build it afterwards with `tvm-compress compile`.",
+    )
 
 
 def run_study(
@@ -101,15 +111,17 @@ def run_study(
     TvmCompressError
         See the parts: search, passes, devices.
     """
+    wanted = list(dict.fromkeys([settings.build_target, *targets]))
+    # Before the search, so that a target that cannot be verified here costs no time.
+    devices = {target: device_for(target, settings) for target in wanted}
     search = run_search(model, split, settings, path, progress)
     best = compressed_model(model, search.best.policy, search.best.module)
     best.save(path / "compressed")
     search.best.policy.save(path / "policy.json")
-    wanted = list(dict.fromkeys([settings.build_target, *targets]))
     built = []
     for index, target in enumerate(wanted):
         progress(ProgressEvent("build", index, len(wanted), text=target))
-        built.append(_build_and_check(model, best, split.test, target, settings, path, measurement))
+        built.append(_build_and_check(model, best, split.test, target, devices[target], path, measurement))
     data = _report_data(title or f"Study {path.name}", path.name, model, best, search, built, settings)
     (path / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
     report = write_report(data, path / "report.html")
@@ -121,17 +133,16 @@ def _build_and_check(
     best: Model,
     test: Dataset,
     target: str,
-    settings: SearchSettings,
+    device: Device,
     path: Path,
     measurement: MeasurementSettings | None,
 ) -> Built:
     label = target_label(target)
-    device = device_for(target, settings)
     artifacts = (
         compile_model(dense, target, path / f"artifact-dense-{label}"),
         compile_model(best, target, path / f"artifact-{label}"),
     )
-    images = test if device is None or device.unit == "seconds" else test.take(slice(0, EMULATED_IMAGES))
+    images = test if device.unit == "seconds" else test.take(slice(0, EMULATED_IMAGES))
     checks = []
     for model, artifact in zip((dense, best), artifacts, strict=True):
         checks.append(artifact.verify(images.normalized(), images.y, device, twin_logits(model, images)))

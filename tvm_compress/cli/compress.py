@@ -78,7 +78,7 @@ def compress(
         finetune_epochs=finetune_epochs,
         learning_rate=learning_rate,
         seed=seed,
-        progress=epoch_lines(as_json),
+        progress=epoch_lines(as_json, finetune_epochs),
     )
     compressed.save(output)
     right = twin_logits(compressed, split.validation).argmax(axis=1) == split.validation.y

@@ -61,12 +61,11 @@ def study_path(name: str, folder: Path) -> Path:
     return Path(name) if "/" in name else folder / name
 
 
-def epoch_lines(quiet: bool) -> Callable[[int, dict[str, float]], None]:
+def epoch_lines(quiet: bool, epochs: int) -> Callable[[int], None]:
     """Progress callback of a fine-tuning: one line per epoch on standard error, if somebody looks."""
 
-    def show(epoch: int, values: dict[str, float]) -> None:
+    def show(done: int) -> None:
         if not quiet and sys.stderr.isatty():
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            sys.stderr.write(f"epoch {epoch}: {shown}\n")
+            sys.stderr.write(f"fine-tuning: epoch {done} of {epochs}\n")
 
     return show

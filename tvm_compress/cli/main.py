@@ -1,7 +1,7 @@
 """`tvm-compress`: the table of commands, and what happens to errors."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 import typer
@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Makes trained neural networks small and fast on the CPUs that people have.",
 )
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "search": search.search,
     "compress": compress.compress,

@@ -1,13 +1,13 @@
 """The report's pictures, drawn from ReportData with matplotlib and returned as PNG bytes."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tvm_compress.errors import SettingError
-from tvm_compress.report.data import ReportData, SiteBar
+from tvm_compress.report.data import ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,12 +112,11 @@ def accuracy_against_latency(data: ReportData) -> bytes:
     return _png(figure)
 
 
-def _bars(
-    ax: "Axes", sites: Sequence[SiteBar], value: Callable[[SiteBar], float], colours: Sequence[str]
-) -> None:
-    positions = np.arange(len(sites))
-    ax.bar(positions, [value(s) for s in sites], color=colours, width=0.72)
-    ax.set_xticks(positions)
+def _bars(ax: "Axes", values: Sequence[int], colours: Sequence[str]) -> None:
+    ax.bar(range(len(values)), values, color=colours, width=0.72)
+    for x, value in enumerate(values):
+        ax.text(x, value, str(value), ha="center", va="bottom", fontsize=8, color=INK)
+    ax.set_xticks(range(len(values)))
     ax.grid(False, axis="x")
 
 
@@ -128,24 +127,16 @@ def policy(data: ReportData) -> bytes:
     sites = data.sites
     figure, (top, middle, bottom) = _figure(max(7.2, 0.55 * len(sites)), 6.6, rows=3)
     colours = [SCHEME_COLOURS.get(s.scheme, INK) for s in sites]
-    positions = np.arange(len(sites))
-    top.bar(positions, [s.channels_total for s in sites], color="#e8edf0", width=0.72, label="original")
-    _bars(top, sites, lambda s: s.channels_kept, colours)
-    for x, site in zip(positions, sites, strict=True):
-        top.text(
-            x, site.channels_kept, str(site.channels_kept), ha="center", va="bottom", fontsize=8, color=INK
-        )
+    top.bar(range(len(sites)), [s.channels_total for s in sites], color="#e8edf0", width=0.72)
+    _bars(top, [s.channels_kept for s in sites], colours)
     top.set_ylabel("channels kept")
-    for ax, attribute, label in (
-        (middle, "weight_bits", "weight bits"),
-        (bottom, "activation_bits", "activation bits"),
+    for ax, bits, label in (
+        (middle, [s.weight_bits for s in sites], "weight bits"),
+        (bottom, [s.activation_bits for s in sites], "activation bits"),
     ):
-        _bars(ax, sites, lambda s, a=attribute: min(getattr(s, a), 32), colours)
-        for x, site in zip(positions, sites, strict=True):
-            bits = getattr(site, attribute)
-            ax.text(x, bits, str(bits), ha="center", va="bottom", fontsize=8, color=INK)
+        _bars(ax, bits, colours)
         ax.set_ylabel(label)
-        ax.set_ylim(0, max(getattr(s, attribute) for s in sites) * 1.18)
+        ax.set_ylim(0, max(bits) * 1.18)
     for ax in (top, middle):
         ax.set_xticklabels([])
     bottom.set_xticklabels([s.name for s in sites], rotation=45, ha="right", fontsize=8)
