@@ -287,10 +287,13 @@ class Artifact:
         return Artifact(self.path, manifest)
 
     def benchmark(
-        self, device: Device, others: Mapping[str, "Artifact"], settings: MeasurementSettings
+        self,
+        device: Device,
+        others: Mapping[str, "Artifact"] | None = None,
+        settings: MeasurementSettings | None = None,
     ) -> dict[str, LatencyResult]:
         """Time this artifact (as "this") and others in one session, interleaved, on zeros."""
-        jobs = {"this": self, **others}
+        jobs = {"this": self, **(others or {})}
         with device.open(settings) as session:
             return session.time_many(
                 {name: (a.library, [np.zeros(a.input_shape, np.float32)]) for name, a in jobs.items()}

@@ -1,0 +1,126 @@
+"""Kernels and whole networks on the emulated Cortex-A72: the integers of the reference and of the twin."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from tvm_compress.compression import compile_model, compress_model, uniform_policy
+from tvm_compress.model import Model
+from tvm_compress.rpc.cross_compile import export_fcompile
+from tvm_compress.rpc.device import open_device
+from tvm_compress.samples.load import load_sample, load_sample_data
+from tvm_compress.schedules import ops, reference
+from tvm_compress.schedules.apply import lower_to_kernels
+from tvm_compress.schedules.target_rules import parse_target
+from tvm_compress.search.candidate import realize
+from tvm_compress.twin import Twin
+
+RPI4 = "raspberry-pi/4b-aarch64"
+
+# (input shape, weight shape, stride, padding, scheme, activation bits, weight bits, zero point).
+SITES: list[tuple[Any, ...]] = [
+    ((1, 7, 9, 8), (16, 8, 3, 3), 1, 1, "int8", 8, 8, -7),
+    ((1, 8, 8, 5), (37, 5, 3, 3), 2, 1, "int8", 8, 8, 3),
+    ((1, 6, 6, 16), (24, 16, 1, 1), 2, 0, "int8", 8, 8, 127),
+    ((1, 28, 28, 1), (16, 1, 3, 3), 1, 1, "int8", 8, 8, -128),
+    ((2, 50), (10, 50), 1, 0, "int8", 8, 8, 5),
+    ((1, 7, 7, 32), (16, 32, 3, 3), 1, 1, "bitserial", 2, 2, 0),
+    ((1, 6, 8, 64), (8, 64, 3, 3), 2, 1, "bitserial", 1, 1, 0),
+    ((1, 5, 5, 32), (24, 32, 1, 1), 1, 0, "bitserial", 4, 3, 6),
+    ((1, 4, 4, 96), (16, 96, 3, 3), 1, 1, "bitserial", 6, 6, 0),
+    ((1, 64), (16, 64), 1, 0, "bitserial", 3, 1, 0),
+]
+
+
+def operands(site: tuple[Any, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x_shape, w_shape, _, _, scheme, a_bits, w_bits, _ = site
+    low, high = (-128, 128) if scheme == "int8" else (0, 2**a_bits)
+    x = rng.integers(low, high, x_shape).astype(np.int8 if scheme == "int8" else np.uint8)
+    limit = 2 ** (w_bits - 1) - 1
+    w = rng.choice([-1, 1], w_shape) if w_bits == 1 else rng.integers(-limit, limit + 1, w_shape)
+    return x, w.astype(np.int8), rng.integers(-900, 900, w_shape[0]).astype(np.int32)
+
+
+def attributes(site: tuple[Any, ...]) -> dict[str, Any]:
+    _, w_shape, stride, padding, scheme, a_bits, w_bits, zero_point = site
+    attrs = {"scheme": scheme, "activation_bits": a_bits, "weight_bits": w_bits, "zero_point": zero_point}
+    if len(w_shape) == 4:
+        attrs |= {"strides": [stride] * 2, "padding": [padding] * 4, "dilation": [1, 1], "groups": 1}
+    return attrs
+
+
+def expected(site: tuple[Any, ...], x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if w.ndim == 2:
+        return reference.dense(x, w, b, site[7])
+    attrs = attributes(site)
+    geometry = {name: attrs[name] for name in ("strides", "padding", "dilation", "groups", "zero_point")}
+    return reference.conv2d(x, w, b, **geometry)
+
+
+def test_every_kind_of_integer_kernel_is_exact(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    values = [operands(site, rng) for site in SITES]
+    bb = relax.BlockBuilder()
+    inputs = [
+        relax.Var(f"x{i}", relax.TensorType(x.shape, str(x.dtype))) for i, (x, _, _) in enumerate(values)
+    ]
+    with bb.function("main", inputs):
+        with bb.dataflow():
+            outputs = [
+                bb.emit(
+                    ops.call(
+                        "conv2d" if w.ndim == 4 else "dense",
+                        [data, relax.const(w), relax.const(b)],
+                        site=f"site{i}",
+                        **attributes(site),
+                    )
+                )
+                for i, (site, data, (_, w, b)) in enumerate(zip(SITES, inputs, values, strict=True))
+            ]
+            result = bb.emit_output(relax.Tuple(outputs))
+        bb.emit_func_output(result)
+    target = parse_target(RPI4)
+    executable = relax.build(lower_to_kernels(bb.get(), target), target=target)
+    executable.export_library(str(tmp_path / "k.so"), fcompile=export_fcompile("aarch64-linux-gnu"))
+    with open_device("emulated-a72").open() as session:
+        found = session.run(tmp_path / "k.so", [x for x, _, _ in values])
+    for site, (x, w, b), got in zip(SITES, values, found, strict=True):
+        np.testing.assert_array_equal(got, expected(site, x, w, b), err_msg=str(site))
+
+
+@pytest.fixture(scope="module")
+def sample() -> Model:
+    return load_sample("resnet8-fashion")
+
+
+@pytest.mark.parametrize(("bits", "ratio"), [(8, 0.25), (4, 0.0), (1, 0.5)])
+def test_networks_compute_the_twins_integers(sample: Model, tmp_path: Path, bits: int, ratio: float) -> None:
+    """The same logits to the bit from the twin, the host's library and the emulated board's."""
+    split = load_sample_data("resnet8-fashion")
+    policy = uniform_policy(
+        sample, target=RPI4, pruning_ratio=ratio, weight_bits=bits, activation_bits=bits, rounding=8
+    )
+    assert {p.scheme for p in policy.sites.values()} == ({"int8"} if bits == 8 else {"int8", "bitserial"})
+    model = compress_model(sample, policy, split, images=64)
+    images = split.test.normalized(slice(0, 5))
+    twin = Twin(realize(model.module)).predict(images)
+    for device, target in (("local", "host"), ("emulated-a72", RPI4)):
+        artifact = compile_model(model, target, tmp_path / device)
+        np.testing.assert_array_equal(artifact.predict(images, open_device(device)), twin)
+
+
+def test_float_network_and_its_cycles(sample: Model, tmp_path: Path) -> None:
+    artifact = compile_model(sample, RPI4, tmp_path / "dense")
+    images = load_sample_data("resnet8-fashion").test.normalized(slice(0, 2))
+    device = open_device("emulated-a72")
+    logits = artifact.predict(images, device)
+    np.testing.assert_allclose(logits, Twin(sample.module).predict(images), rtol=1e-4, atol=1e-4)
+    first, again = (next(iter(artifact.benchmark(device).values())) for _ in range(2))
+    assert first.unit == "estimated_cycles"
+    assert first.value == again.value
+    assert sum(first.kernels.values()) == pytest.approx(first.value)
+    # 4 multiply-accumulates a cycle is the core's limit: less than that many cycles would be a miscount.
+    assert first.value > 9.3e6 / 4
