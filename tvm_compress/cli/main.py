@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import click
 import typer
 
 from tvm_compress import __version__
@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes trained neural networks small and fast on the CPUs that people have.",
 )
+
+# The base of every usage error, ClickException: typer carries click inside itself and does not export the name.
+UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
@@ -53,15 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = app(words, prog_name="tvm-compress", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except click.ClickException as error:
+    except UsageProblem as error:
         if "--json" in words:
             print_json({"error": {"type": "UsageError", "message": error.format_message(), "hint": ""}})
         error.show()
         return 2
-    except KeyboardInterrupt:
-        return _interrupted()
     except TvmCompressError as error:
         if "--debug" in words:
             raise
