@@ -216,11 +216,7 @@ def _kernel_key(kernel: KernelInfo) -> str:
 
 def argument_specs(kernel: KernelInfo) -> ArgumentSpecs:
     """Shape and dtype of each argument of a kernel, outputs last."""
-    specs = []
-    for parameter in kernel.func.params:
-        buffer = kernel.func.buffer_map[parameter]
-        specs.append(([int(extent) for extent in buffer.shape], str(buffer.dtype)))
-    return specs
+    return [([int(extent) for extent in p.shape], str(p.dtype)) for p in kernel.func.params]
 
 
 class MeasuredLatency:

@@ -48,7 +48,7 @@ class SearchSettings:
         Largest bit width of a bit-serial site, 1 to 6.
     retrain_epochs
         Epochs of retraining on `retrain_images` images of a pruned candidate, still in float, before an
-        episode's accuracy is taken. Without any, batch-norm statistics are re-estimated all the same, but strong
+        episode's accuracy is taken. Without, batch-norm statistics are re-estimated all the same, but strong
         pruning leaves little more than chance, and the accuracy says nothing of what fine-tuning could reach.
     calibration_images, validation_images, sensitivity_images
         How many images calibrate the ranges (and re-estimate batch norm), give the accuracy of an episode

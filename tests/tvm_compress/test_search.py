@@ -1,0 +1,326 @@
+"""The search with the real passes, twin, kernels and local device, on a network of a few hundred weights."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tvm_compress.data.dataset import Dataset, Split
+from tvm_compress.errors import DataError, ModelError, SettingError, StudyError
+from tvm_compress.finetune import finetune
+from tvm_compress.model import Model
+from tvm_compress.passes.groups import find_coupled_sets
+from tvm_compress.passes.params import get_stage
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.passes.sites import find_sites
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.candidate import Compressor, Training
+from tvm_compress.search.problem import SearchProblem
+from tvm_compress.search.refine import best_refined, choose
+from tvm_compress.search.results import ProgressEvent, SearchResult, Trial
+from tvm_compress.search.run import run_search
+from tvm_compress.search.sensitivity import analyse, from_json, kl_divergence, labelled, to_json, variants
+from tvm_compress.search.settings import SearchSettings
+from tvm_compress.search.study import read_trials
+from tvm_compress.tolerance.channels import channel_scores
+from tvm_compress.twin import Twin
+
+CLASSES = ("left", "right", "top")
+
+
+class Network(nn.Module):
+    """A stem, a residual block and a dense layer, for 1 x 8 x 8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv1, self.bn1 = nn.Conv2d(32, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.down = nn.Conv2d(32, 16, 1, stride=2, bias=False)
+        self.fc = nn.Linear(16, len(CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)) + self.down(x))
+        return self.fc(y.mean((2, 3)))
+
+
+def images(count: int, seed: int) -> Dataset:
+    """Noise with a bright bar whose place is the class."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, len(CLASSES), count)
+    x = rng.uniform(0, 0.5, (count, 1, 8, 8))
+    for image, label in zip(x, y, strict=True):
+        bar = {0: np.s_[:, :, :3], 1: np.s_[:, :, 5:], 2: np.s_[:, :3, :]}[int(label)]
+        image[bar] += 0.2
+    return Dataset(x.astype(np.float32), y.astype(np.int64), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Split(images(384, 0), images(128, 1), images(16, 2))
+
+
+@pytest.fixture(scope="module")
+def model(split: Split) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Network().eval()
+    imported = Model.from_torch(network, (torch.zeros(1, 1, 8, 8),), class_names=CLASSES)
+    return dataclasses.replace(imported, module=finetune(imported.module, split.train, 4, learning_rate=0.05))
+
+
+@pytest.fixture(scope="module")
+def problem(model: Model) -> SearchProblem:
+    rules = rules_for(parse_target("host"))
+    sites, sets = find_sites(model.module), find_coupled_sets(model.module)
+    return SearchProblem(sites, sets, "joint", rules.bitserial_legal, rounding=8, target="host")
+
+
+@pytest.fixture(scope="module")
+def compressor(model: Model, split: Split) -> Compressor:
+    x = split.train.normalized(slice(0, 64))
+    return Compressor(model.module, x, channel_scores(model.module, x, split.train.y[:64]))
+
+
+SETTINGS = SearchSettings(
+    agent="joint",
+    budget=0.6,
+    episodes=4,
+    warmup=2,
+    seed=1,
+    rounding=8,
+    retrain_images=128,
+    calibration_images=64,
+    validation_images=0,
+    sensitivity_images=64,
+    finetune_epochs=3,
+    measure_first=2,
+    measure_every=50,
+)
+
+
+@pytest.fixture(scope="module")
+def studied(
+    model: Model, split: Split, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SearchResult, list]:
+    events: list[ProgressEvent] = []
+    path = tmp_path_factory.mktemp("studies") / "joint"
+    return run_search(model, split, SETTINGS, path, events.append), events
+
+
+def test_search_hands_over_all_that_it_found(studied, model, split):
+    result, events = studied
+    assert len(result.trials) == 4
+    assert result.dense.ratio == 1.0
+    assert result.dense.unit == "seconds"
+    assert result.dense.accuracy == Twin(model.module).accuracy(
+        split.validation.normalized(), split.validation.y
+    )
+    assert {t.result.latency_kind for t in result.trials} == {"measured"}
+    assert all(
+        t.result.latency == pytest.approx(t.result.ratio * result.dense.latency) for t in result.trials
+    )
+    assert result.best_trial.reward == max(t.reward for t in result.trials)
+    assert all(trial in result.trials for trial in result.pareto)
+    assert set(result.sensitivity) == {site.name for site in find_sites(model.module)}
+    assert result.best in result.refined
+    stages = [e.stage for e in events]
+    assert sorted(set(stages), key=stages.index) == ["tolerance", "sensitivity", "dense", "episode", "refine"]
+    assert all(e.done <= e.total for e in events)
+
+
+def test_refined_policies_are_ready_to_be_built(studied, split):
+    result, _ = studied
+    best = result.best
+    quantized = any(site.quantized for site in best.policy.sites.values())
+    assert get_stage(best.module) == ("qdq" if quantized else "float")
+    assert get_stage(best.integer_module) == ("integer" if quantized else "float")
+    x, y = split.validation.normalized(), split.validation.y
+    assert Twin(best.integer_module).accuracy(x, y) == best.result.accuracy
+    assert best.result.latency_kind == "measured"
+    for site in best.policy.sites.values():
+        assert (site.kept is None) == (site.channels is None)
+
+
+def test_study_holds_what_is_needed_to_go_on(studied, model, split):
+    result, _ = studied
+    for name in ("study.json", "trials.jsonl", "checkpoint.pt", "sensitivity.json", "measurements.sqlite"):
+        assert (result.path / name).exists()
+    again = run_search(model, split, SETTINGS, result.path)
+    assert again.trials == result.trials
+    assert again.dense == result.dense
+    assert again.best.policy == result.best.policy
+    assert again.best.result.accuracy == result.best.result.accuracy
+    with pytest.raises(StudyError, match="seed"):
+        run_search(model, split, dataclasses.replace(SETTINGS, seed=2), result.path)
+    other = dataclasses.replace(model, module=Twin(model.module).to_module())
+    assert run_search(other, split, SETTINGS, result.path).trials == result.trials  # the same parameters
+    changed = dataclasses.replace(model, module=finetune(model.module, split.train, 1))
+    with pytest.raises(StudyError, match="parameters"):
+        run_search(changed, split, SETTINGS, result.path)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_killed_search_decides_the_same_afterwards(studied, model, split, tmp_path):
+    result, _ = studied
+
+    def kill(event: ProgressEvent) -> None:
+        if event.stage == "episode" and event.done == 2:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        run_search(model, split, SETTINGS, tmp_path / "study", kill)
+    first = read_trials(tmp_path / "study")
+    assert len(first) == 2
+    # Latencies are this machine's and differ from run to run; so does what the agent learns from them. Until then
+    # all is given by the seed.
+    assert [t.policy for t in first] == [t.policy for t in result.trials[:2]]
+    assert [t.result.accuracy for t in first] == [t.result.accuracy for t in result.trials[:2]]
+    resumed = run_search(model, split, SETTINGS, tmp_path / "study")
+    assert resumed.trials[:2] == first
+    assert len(resumed.trials) == 4
+
+
+@pytest.mark.parametrize("agent", ["pruning", "quantization"])
+def test_the_other_agents_leave_what_is_not_theirs(agent, model, split, tmp_path):
+    settings = dataclasses.replace(SETTINGS, agent=agent, episodes=2, finetune_epochs=0, warmup=1)
+    result = run_search(model, split, settings, tmp_path)
+    for trial in result.trials:
+        sites = trial.policy.sites.values()
+        if agent == "pruning":
+            assert {site.scheme for site in sites} == {"fp32"}
+        else:
+            assert {site.channels for site in sites} == {None}
+
+
+def test_hybrid_measures_the_first_and_predicts_others(model, split, tmp_path):
+    settings = dataclasses.replace(SETTINGS, latency="hybrid", episodes=8, finetune_epochs=0, refine_pareto=0)
+    result = run_search(model, split, settings, tmp_path)
+    kinds = [trial.result.latency_kind for trial in result.trials]
+    assert kinds[:2] == ["measured", "measured"]
+    assert "predicted" in kinds
+    assert result.best.result.latency_kind == "measured"
+    saved = json.loads((tmp_path / "latency_model.json").read_text())
+    assert saved["unit"] == "seconds"
+    assert saved["rows"] > 5
+    predicted = [t.result.ratio for t in result.trials if t.result.latency_kind == "predicted"]
+    assert all(0.02 < ratio < 10 for ratio in predicted)
+
+
+def test_sensitivity_grows_with_compression_and_repeats(problem, compressor, split):
+    x = split.train.normalized(slice(0, 48))
+    calls: list[tuple[int, int]] = []
+    found = analyse(problem, compressor, x, lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (len(variants(problem)), len(variants(problem)))
+    assert set(found) == {site.name for site in problem.sites}
+    assert set(found["conv1"]["weight"]) == {1, 2, 3, 4, 5, 6, 8}
+    assert set(found["stem"]["weight"]) == {8}  # one input channel: no bit-serial
+    assert set(found["stem"]["pruning"]) == {0.25, 0.5, 0.75}
+    assert "pruning" not in found["down"]  # decided at conv2
+    assert found["conv1"]["weight"][1] > found["conv1"]["weight"][4] > found["conv1"]["weight"][8]
+    assert found["conv1"]["activation"][1] > found["conv1"]["activation"][8]
+    assert all(value > 0 for value in found["stem"]["pruning"].values())
+    assert analyse(problem, compressor, x, lambda done, total: None) == found
+    assert from_json(json.loads(json.dumps(to_json(found)))) == found
+    assert "weights 4 bit" in labelled(found)["conv1"]
+    assert "channels -25%" in labelled(found)["stem"]
+
+
+def test_divergence_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 4))
+    p, q = (np.exp(v) / np.exp(v).sum(axis=1, keepdims=True) for v in (a, b))
+    assert kl_divergence(a, b) == pytest.approx(float((p * np.log(p / q)).sum() / 5))
+    assert kl_divergence(a, a) == 0
+
+
+def test_training_is_split_between_the_stages(split):
+    training = Training(split.train, 4, 2, 0.02, 0)
+    assert training.epochs(pruned=True, quantized=True) == (4, 2)
+    assert training.epochs(pruned=False, quantized=True) == (0, 6)
+    assert training.epochs(pruned=True, quantized=False) == (6, 0)
+    assert training.epochs(pruned=False, quantized=False) == (0, 0)
+    assert Training(split.train, 1, 0, 0.02, 0).epochs(pruned=False, quantized=True) == (0, 0)
+
+
+def test_candidate_recovers_by_training(compressor, split):
+    policy = CompressionPolicy(
+        sites={
+            "stem": SitePolicy(channels=8, scheme="int8", weight_bits=8, activation_bits=8),
+            "conv1": SitePolicy(channels=16, scheme="int8", weight_bits=8, activation_bits=8),
+        }
+    )
+    x, y = split.validation.normalized(), split.validation.y
+    done: list[int] = []
+    plain = compressor.apply(policy)
+    trained = compressor.apply(policy, Training(split.train, 2, 1, 0.02, 0, progress=done.append))
+    assert done == [1, 2, 3]
+    assert get_stage(trained.module) == "qdq"
+    before, after = (Twin(c.integer_module).accuracy(x, y) for c in (plain, trained))
+    assert after >= before
+    assert after > 0.8
+
+
+def test_what_cannot_be_searched_is_said(model, split, studied, tmp_path):
+    result, _ = studied
+    compressed = dataclasses.replace(model, module=result.best.module)
+    if get_stage(result.best.module) != "float":
+        with pytest.raises(ModelError, match="compressed already"):
+            run_search(compressed, split, SETTINGS, tmp_path / "a")
+    empty = dataclasses.replace(split, validation=split.validation.take(slice(0, 0)))
+    with pytest.raises(DataError, match="validation"):
+        run_search(model, empty, SETTINGS, tmp_path / "b")
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_choice_prefers_accuracy_within_the_budget(studied):
+    result, _ = studied
+    template = result.refined[0]
+
+    def refined(accuracy: float, ratio: float, reward: float):
+        outcome = dataclasses.replace(template.result, accuracy=accuracy, ratio=ratio)
+        return dataclasses.replace(template, result=outcome, reward=reward)
+
+    slow, good, fast = refined(0.95, 0.7, 0.9), refined(0.9, 0.4, 0.1), refined(0.85, 0.5, 0.8)
+    assert best_refined([slow, fast, good], 0.5) is good
+    assert best_refined([slow, refined(0.9, 0.8, 0.2)], 0.5) is slow
+
+
+def test_trials_to_refine_are_different_and_near_the_budget(studied):
+    result, _ = studied
+    base = result.trials[0]
+
+    def trial(episode: int, accuracy: float, ratio: float, reward: float, bits: int) -> Trial:
+        outcome = dataclasses.replace(base.result, accuracy=accuracy, ratio=ratio, latency=ratio)
+        policy = CompressionPolicy(sites={"conv1": SitePolicy(None, None, "bitserial", bits, bits)})
+        return dataclasses.replace(base, episode=episode, policy=policy, result=outcome, reward=reward)
+
+    trials = [
+        trial(0, 0.90, 0.50, 0.90, 3),
+        trial(1, 0.90, 0.50, 0.90, 3),  # the same sites
+        trial(2, 0.95, 0.60, 0.30, 4),  # over the budget
+        trial(3, 0.92, 0.45, 0.60, 5),
+        trial(4, 0.80, 0.20, -1.0, 6),
+    ]
+    settings = dataclasses.replace(SETTINGS, budget=0.5, refine_top=1, refine_pareto=1)
+    assert [t.episode for t in choose(trials, settings)] == [0, 3]
+    slow = [dataclasses.replace(t, result=dataclasses.replace(t.result, ratio=2.0)) for t in trials]
+    assert len(choose(slow, settings)) == 2
+
+
+def test_search_without_anything_to_prune(split, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    lone = Model.from_torch(network, (torch.zeros(1, 1, 8, 8),), class_names=CLASSES)
+    with pytest.raises(SettingError, match="nothing to decide"):
+        run_search(lone, split, dataclasses.replace(SETTINGS, agent="pruning"), tmp_path)
