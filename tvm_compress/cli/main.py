@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Makes trained neural networks small and fast on the CPUs that people have.",
 )
 
-# The base of every usage error, ClickException: typer carries click inside itself and does not export the name.
+# The base of every usage error, ClickException: typer carries click inside itself without exporting the name.
 UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ def export_module(module: torch.nn.Module, example_inputs: Sequence[torch.Tensor
     one_image = tuple(value[:1].detach().clone() for value in example_inputs)
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _torchs_own_warnings_off():
             return torch.export.export(module, one_image)
     except Exception as error:  # torch.export raises whatever the module's code raises
         raise ModelError(
@@ -69,7 +71,8 @@ def import_exported_program(program: ExportedProgram) -> tvm.IRModule:
     ModelError
         If the model's inputs, output or parameters cannot be used.
     """
-    program = program.run_decompositions()
+    with _torchs_own_warnings_off():
+        program = program.run_decompositions()
     _check_operators(program)
     _check_types(program)
     specs = program.graph_signature.input_specs
@@ -86,6 +89,14 @@ def import_exported_program(program: ExportedProgram) -> tvm.IRModule:
         raise ModelError(f"TVM's importer fails on this program: {_first_line(error)}.") from error
     parameters = [spec for spec in specs if spec.kind is InputKind.PARAMETER]
     return finish_import(module, {spec.arg.name: spec.target for spec in parameters})
+
+
+@contextmanager
+def _torchs_own_warnings_off() -> Iterator[None]:
+    """Keep from users what torch.export says of torch's own code, such as its use of what it deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _check_operators(program: ExportedProgram) -> None:
