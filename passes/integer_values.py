@@ -13,11 +13,15 @@ import numpy as np
 from tvm import relax
 
 from tvm_compress.passes.integer_layer import IntegerLayer, fold_integer_layer
-from tvm_compress.passes.quantization import INT32_MAX, QuantizationParameters, fixed_point
+from tvm_compress.passes.quantization import INT32_MAX, QuantizationParameters, fixed_point_within
 from tvm_compress.schedules import ops
 
 # The sides of an addition are brought to 2**-8 of the output's scale, so that rounding them costs nothing.
 ADD_SHIFT = 8
+
+# Sums of residual additions are clamped to this on the way, far out of any output's range: with the rounding
+# term they fit 32 bits.
+_FINE_MAX = 2**30 - 1
 
 # Terms of a global average may exceed the average's range by this factor (in bits) before they are clamped.
 _MEAN_HEADROOM = 6
@@ -171,7 +175,7 @@ class Writer:
     def __init__(self, builder: relax.BlockBuilder) -> None:
         self.builder = builder
         self._floats: dict[Value, relax.Expr] = {}
-        self._accumulators: dict[Value, tuple[relax.Expr, np.ndarray]] = {}
+        self._accumulators: dict[Value, tuple[relax.Expr, np.ndarray, int]] = {}
         self._sums: dict[Value, relax.Expr] = {}
 
     def floats(self, value: Value) -> relax.Expr:
@@ -195,7 +199,7 @@ class Writer:
                 scale = np.float32(value.held.scale)
                 return self._dequantize(value.expr, scale, value.held.zero_point)
             case Layer() if value.integer:
-                return self._dequantize(*self._accumulate(value, None), 0)
+                return self._dequantize(*self._accumulate(value, None)[:2], 0)
             case Layer():
                 return self._float_layer(value)
             case Clamp():
@@ -231,8 +235,8 @@ class Writer:
             return result
         return relax.op.add(self.builder.emit(result), _const(layer.shift, np.float32))
 
-    def _accumulate(self, layer: Layer, output_scale: float | None) -> tuple[relax.Expr, np.ndarray]:
-        """Emit the layer's int32 sums and give their scale [O]; once, for the first one's output scale."""
+    def _accumulate(self, layer: Layer, output_scale: float | None) -> tuple[relax.Expr, np.ndarray, int]:
+        """Emit the layer's int32 sums; give their scale [O] and bound. Once, for the first output scale."""
         if layer not in self._accumulators:
             assert isinstance(layer.x, Quantized)
             assert layer.scale is not None
@@ -243,11 +247,12 @@ class Writer:
                 layer.factor,
                 layer.shift,
                 layer.bits,
-                max(held.qmax - held.zero_point, held.zero_point - held.qmin),
+                _reach(held),
                 output_scale,
                 layer.site,
             )
-            self._accumulators[layer] = self._emit_layer(layer, layer.x, folded), folded.scale
+            sums = self._emit_layer(layer, layer.x, folded)
+            self._accumulators[layer] = sums, folded.scale, int(folded.bound.max(initial=0))
         return self._accumulators[layer]
 
     def _emit_layer(self, layer: Layer, x: Quantized, folded: IntegerLayer) -> relax.Expr:
@@ -281,10 +286,11 @@ class Writer:
                 parts = [self._integers(part, grid) for part in value.parts]
                 return self.builder.emit(value.rebuild(parts))
             case Quantized():
-                return self._requantize(self._centred(value), value.held.scale / grid.scale, grid)
+                ratio = value.held.scale / grid.scale
+                return self._requantize(self._centred(value), ratio, grid, _reach(value.held))
             case Layer() if value.integer:
-                accumulator, scale = self._accumulate(value, grid.output_scale)
-                return self._requantize(accumulator, scale / grid.scale, grid)
+                accumulator, scale, bound = self._accumulate(value, grid.output_scale)
+                return self._requantize(accumulator, scale / grid.scale, grid, bound)
             case Sum() if is_integer(value):
                 return self._add(value, grid)
             case Mean() if is_integer(value):
@@ -303,8 +309,8 @@ class Writer:
         """Add on a grid 2**ADD_SHIFT times finer and requantize once."""
         if grid.dtype == "int32":  # fine enough already
             return self._add_fine(value, grid)
-        fine = _Grid(grid.scale / 2**ADD_SHIFT, 0, -INT32_MAX, INT32_MAX, "int32")
-        return self._requantize(self._add_fine(value, fine), None, grid, shift=ADD_SHIFT)
+        fine = _Grid(grid.scale / 2**ADD_SHIFT, 0, -_FINE_MAX, _FINE_MAX, "int32")
+        return self._requantize(self._add_fine(value, fine), None, grid, _FINE_MAX, shift=ADD_SHIFT)
 
     def _add_fine(self, value: Sum, grid: _Grid) -> relax.Expr:
         """Add on an int32 grid of zero point 0."""
@@ -323,13 +329,15 @@ class Writer:
     def _mean(self, value: Mean, grid: _Grid) -> relax.Expr:
         """Sum integers over height and width; the division is part of the requantization."""
         if isinstance(value.x, Quantized):
-            return self._requantize(self._sum(value.x), value.x.held.scale / value.area / grid.scale, grid)
+            held = value.x.held
+            ratio = held.scale / value.area / grid.scale
+            return self._requantize(self._sum(value.x), ratio, grid, _reach(held) * value.area)
         limit = INT32_MAX // value.area
         wanted = (grid.qmax - grid.qmin).bit_length() + _MEAN_HEADROOM
         shift = min(ADD_SHIFT, max(0, limit.bit_length() - 1 - wanted))
         fine = _Grid(grid.scale / 2**shift, 0, -limit, limit, "int32")
         total = self.builder.emit(relax.op.sum(self._integers(value.x, fine), axis=[1, 2]))
-        return self._requantize(total, 1 / (2**shift * value.area), grid)
+        return self._requantize(total, 1 / (2**shift * value.area), grid, limit * value.area)
 
     def _sum(self, value: Quantized) -> relax.Expr:
         """Emit the sum over height and width of q - zero_point, once."""
@@ -345,13 +353,18 @@ class Writer:
         return self.builder.emit(relax.op.subtract(wide, _const(value.held.zero_point, np.int32)))
 
     def _requantize(
-        self, x: relax.Expr, multipliers: np.ndarray | float | None, grid: _Grid, shift: int = 0
+        self,
+        x: relax.Expr,
+        multipliers: np.ndarray | float | None,
+        grid: _Grid,
+        bound: int,
+        shift: int = 0,
     ) -> relax.Expr:
-        """Emit `x * multipliers` on a grid; None stands for 2**-shift."""
+        """Emit `x * multipliers` on a grid, |x| being at most `bound`; None stands for 2**-shift."""
         if multipliers is None:
             multiplier = np.ones(1, np.int32)
         else:
-            multiplier, shift = fixed_point(np.atleast_1d(multipliers))
+            multiplier, shift = fixed_point_within(np.atleast_1d(multipliers), bound)
         qmin, qmax = grid.bounds()
         attrs = {
             "shift": shift,
@@ -359,8 +372,14 @@ class Writer:
             "qmin": qmin,
             "qmax": qmax,
             "dtype": grid.dtype,
+            "bound": bound,
         }
         return self.builder.emit(ops.call("requantize", [x, _const(multiplier, np.int32)], **attrs))
+
+
+def _reach(held: QuantizationParameters) -> int:
+    """Return the largest |q - zero_point|."""
+    return max(held.qmax - held.zero_point, held.zero_point - held.qmin)
 
 
 def _const(value: Any, dtype: type) -> relax.Expr:

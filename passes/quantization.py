@@ -20,6 +20,10 @@ DEAD_SCALE = 1e-12
 MAX_SHIFT = 62
 
 
+# Integers of at most this magnitude, such as 8-bit activations, are requantized in 32 bits.
+_SMALL = 2**10 - 1
+
+
 @dataclass(frozen=True)
 class QuantizationParameters:
     """How a tensor is held as integers: `real = scale * (q - zero_point)`, `qmin <= q <= qmax`."""
@@ -155,18 +159,21 @@ def quantize_weights(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.nda
     return np.clip(np.rint(weight.astype(np.float32) / scale), -limit, limit).astype(np.int8)
 
 
-def fixed_point(multipliers: np.ndarray) -> tuple[np.ndarray, int]:
+def fixed_point(
+    multipliers: np.ndarray, bits: int = 31, max_shift: int = MAX_SHIFT
+) -> tuple[np.ndarray, int]:
     """Return (m, shift), m int32 of `multipliers`'s shape, so that `m / 2**shift` stands for the multipliers.
 
-    One shift serves the tensor: the largest for which every m fits 31 bits, at most 62. So each multiplier is
-    off by at most 2**-(shift + 1), which is at most max(multipliers) * 2**-31 while shift < 62, and
+    One shift serves the tensor: the largest for which every m fits `bits` bits, at most max_shift. So each
+    multiplier is off by at most 2**-(shift + 1), which is at most max(multipliers) * 2**-bits while shift <
+    max_shift, and
 
         |x * multiplier - x * m / 2**shift| <= |x| * 2**-(shift + 1)
 
     Raises
     ------
     KernelError
-        If a multiplier is negative, not finite, or 2**31 or more.
+        If a multiplier is negative, not finite, or 2**bits or more.
     """
     values = np.asarray(multipliers, dtype=np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -176,17 +183,31 @@ def fixed_point(multipliers: np.ndarray) -> tuple[np.ndarray, int]:
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(values.shape, np.int32), 0
-    # largest = fraction * 2**exponent with fraction in [0.5, 1): so largest * 2**(31 - exponent) < 2**31.
-    shift = 31 - math.frexp(largest)[1]
-    if np.rint(np.ldexp(largest, shift)) > INT32_MAX:
+    # largest = fraction * 2**exponent with fraction in [0.5, 1): so largest * 2**(bits - exponent) < 2**bits.
+    shift = bits - math.frexp(largest)[1]
+    if np.rint(np.ldexp(largest, shift)) >= 2**bits:
         shift -= 1
     if shift < 0:
         raise KernelError(
-            f"A requantization multiplier of {largest} does not fit 31 bits.",
+            f"A requantization multiplier of {largest} does not fit {bits} bits.",
             "The output's scale is far too small for its input: check the calibrated ranges.",
         )
-    shift = min(shift, MAX_SHIFT)
+    shift = min(shift, max_shift)
     return np.rint(np.ldexp(values, shift)).astype(np.int32), shift
+
+
+def fixed_point_within(multipliers: np.ndarray, bound: int) -> tuple[np.ndarray, int]:
+    """Return what `fixed_point` does, for |x| <= bound: with fewer bits if 32 then hold every product.
+
+    That is so for small integers, up to _SMALL: m has at least 20 bits then, so that x * multiplier is off by
+    at most max(|x| * multipliers) * 2**-20, or 2**-21 where max_shift limits the shift.
+    """
+    multipliers = np.atleast_1d(multipliers)
+    # |x| * m < 2**30 and the rounding term is at most 2**29: their sum stays within 32 bits.
+    bits = 30 - bound.bit_length()
+    if bound <= _SMALL and np.all(multipliers < 2.0 ** (bits - 1)):
+        return fixed_point(multipliers, bits, max_shift=30)
+    return fixed_point(multipliers)
 
 
 def requantize(

@@ -15,16 +15,22 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import bitserial, elementwise, fp32, int8, kernel, ops
+from tvm_compress.schedules import bitserial, elementwise, fp32, int8, kernel, narrow, ops
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
 FAMILIES: dict[str, KernelFamily] = {
-    family.name: family for family in (fp32.FAMILY, int8.FAMILY, bitserial.FAMILY)
+    family.name: family for family in (fp32.FAMILY, int8.FAMILY, bitserial.FAMILY, narrow.FAMILY)
 }
 
+# What sites' schemes are called; a family of the same name serves each (and may leave a site to another).
+SCHEMES = ("fp32", "int8", "bitserial")
+
+# Families that sites of scheme "bitserial" may get, whose sums of products are all of one kind to a model.
+_KINDS = {"narrow": "int8"}
+
 # Raised when a change of the schedules makes old measurements worthless: part of every kernel's key.
-SCHEDULES_VERSION = 1
+SCHEDULES_VERSION = 2
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -44,13 +50,15 @@ class KernelInfo:
     name
         Its symbol in the module and the library.
     kind
-        "conv2d_fp32", "dense_int8", ... for sites, else "elementwise".
+        "conv2d_fp32", "dense_int8", ... for sites, by what computes them: "_bitserial" where bits are
+        counted, "_int8" where bytes are multiplied, whatever the site's scheme (which is a feature); else
+        "elementwise".
     count
         Calls in main.
     key
         Identifies the kernel across models: hash of its code, target and version of the schedules.
     features
-        Shapes, bits, macs, bops, bytes, intensity (macs per byte), one-hot operators and schemes.
+        Shapes, bits, macs, bops, bytes, intensity (macs per byte), one-hot operators, schemes and backends.
     func
         The scheduled PrimFunc.
     """
@@ -173,9 +181,9 @@ def _check_call(call: relax.Call) -> None:
     name = str(getattr(call.op, "name", ""))
     if name in _FP32_SITES or name in _INTEGER_SITES:
         kernel.constant_array(call.args[1], f"weights of {name}")
-        if name in _INTEGER_SITES and str(call.attrs["scheme"]) not in FAMILIES:
+        if name in _INTEGER_SITES and str(call.attrs["scheme"]) not in SCHEMES[1:]:
             raise KernelError(
-                f"There is no kernel family {call.attrs['scheme']!r}; there are {', '.join(FAMILIES)}."
+                f"There is no integer scheme {call.attrs['scheme']!r}; there are {', '.join(SCHEMES[1:])}."
             )
     elif name.startswith("relax.nn.conv") or name == "tvm_compress.binarize":
         raise KernelError(
@@ -207,7 +215,7 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
             elementwise.schedule_plain(sch, rules)
         else:
             fused = FusedKernel(sch)
-            info = fused.info | {"epilogue": len(fused.epilogue)}
+            info = fused.info | {"epilogue": len(fused.epilogue), "backend": family}
             FAMILIES[family].schedule(sch, fused, rules)
     except s_tir.ScheduleError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -233,7 +241,9 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     for gv, sites in calls.items():
         func = module[gv]
         info = json.loads(str(func.attrs[INFO])) if INFO in func.attrs else {"operator": "elementwise"}
-        kind = info["operator"] + (f"_{info['scheme']}" if "scheme" in info else "")
+        kind = info["operator"]
+        if "backend" in info:
+            kind += f"_{_KINDS.get(info['backend'], info['backend'])}"
         features = _features(info, sites[0], rules)
         infos.append(KernelInfo(gv.name_hint, kind, len(sites), _key(func, target), features, func))
     return infos
@@ -256,8 +266,10 @@ def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> 
     features = {name: float(info.get(name, 0)) for name in _SHAPE_FEATURES}
     for operator in ("conv2d", "dense", "elementwise"):
         features[f"is_{operator}"] = float(info["operator"] == operator)
-    for scheme in FAMILIES:
+    for scheme in SCHEMES:
         features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
+    for name, family in (("popcount", "bitserial"), ("dot", "int8"), ("narrow", "narrow")):
+        features[f"backend_{name}"] = float(info.get("backend") == family)
     features["activation_bits"] = float(info.get("activation_bits", 32))
     features["weight_bits"] = float(info.get("weight_bits", 32))
     macs = 0.0

@@ -56,51 +56,63 @@ def legalize_dequantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
 
 
 def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace tvm_compress.requantize; see schedules.ops for what it computes."""
+    """Replace tvm_compress.requantize; see schedules.ops for what it computes.
+
+    Where its `bound` and the multipliers prove that no product leaves 32 bits, all is computed in 32 bits,
+    whose vectors hold twice as many values. A multiplier of 1 and bounds that hold anyway are left out.
+    """
     attrs = call.attrs
     shift, zero_point = int(attrs["shift"]), int(attrs["zero_point"])
     low, high, dtype = int(attrs["qmin"]), int(attrs["qmax"]), str(attrs["dtype"])
     if not 0 <= shift <= 62:
         raise KernelError(f"A requantization's shift must lie within 0 and 62, not at {shift}.")
+    factors = kernel.constant_array(call.args[1], "multiplier").astype(np.int64)
+    bound = int(attrs["bound"]) if "bound" in attrs else 2**31
+    product = bound * int(np.abs(factors).max(initial=0)) + ((1 << shift) >> 1)
+    largest = product >> shift
+    limits = (low - zero_point, high - zero_point)
+    narrow = largest < 2**31 and all(-(2**31) <= limit < 2**31 for limit in limits)
+    work, wide = ("int32" if fits else "int64" for fits in (product < 2**31, narrow))
+    identity = factors.size == 1 and int(factors.flat[0]) == 1
 
-    # From a shift of 31 on the quotient fits 32 bits, whose vectors hold twice as many values.
-    bounds = (low - zero_point, high - zero_point)
-    narrow = shift >= 31 and all(-(2**31) <= bound < 2**31 for bound in bounds)
+    def value(x: Any, *multiplier: Any) -> Any:
+        rounded = rounded_product(x, multiplier[0] if multiplier else None, shift, work).astype(wide)
+        return clamp(rounded, wide, *limits, zero_point, largest).astype("int32").astype(dtype)
 
-    def compute(x: te.Tensor, multiplier: te.Tensor) -> te.Tensor:
-        def value(*i: Any) -> Any:
-            rounded = rounded_product(x(*i), _per_channel(multiplier, i), shift)
-            wide = "int32" if narrow else "int64"
-            clamped = clamp(rounded.astype(wide), wide, *bounds, zero_point)
-            return clamped.astype("int32").astype(dtype)
+    def compute(x: te.Tensor, *multiplier: te.Tensor) -> te.Tensor:
+        return te.compute(
+            x.shape,
+            lambda *i: value(x(*i), *(_per_channel(factor, i) for factor in multiplier)),
+            name="requantize",
+        )
 
-        return te.compute(x.shape, value, name="requantize")
+    args = call.args[:1] if identity else call.args
+    return bb.call_te(compute, *args, primfunc_name_hint="requantize")
 
-    return bb.call_te(compute, *call.args, primfunc_name_hint="requantize")
 
-
-def clamp(x: Any, dtype: str, low: int, high: int, offset: int) -> Any:
-    """Return min(max(x, low), high) + offset, leaving out bounds that x's type implies and a zero offset."""
-    limit = np.iinfo(dtype)
-    if low > limit.min:
+def clamp(x: Any, dtype: str, low: int, high: int, offset: int, largest: int) -> Any:
+    """Return min(max(x, low), high) + offset, without bounds that |x| <= largest implies or a zero offset."""
+    if low > -largest:
         x = tirx.max(x, tirx.const(low, dtype))
-    if high < limit.max:
+    if high < largest:
         x = tirx.min(x, tirx.const(high, dtype))
     return x + tirx.const(offset, dtype) if offset else x
 
 
-def rounded_product(x: Any, multiplier: Any, shift: int) -> Any:
-    """Return x * multiplier / 2**shift as int64, rounded to nearest, halves away from zero.
+def rounded_product(x: Any, multiplier: Any | None, shift: int, dtype: str) -> Any:
+    """Return x * multiplier / 2**shift as `dtype`, rounded to nearest, halves away from zero.
 
     floor((p + half - [p < 0]) / 2**shift): a negative p's half must round down, which taking 1 off does.
     """
-    product = x.astype("int64") * multiplier.astype("int64")
+    product = x.astype(dtype)
+    if multiplier is not None:
+        product = product * multiplier.astype(dtype)
     if shift == 0:
         return product
-    half = tirx.const(1 << (shift - 1), "int64")
+    half = tirx.const(1 << (shift - 1), dtype)
     # An arithmetic shift of the sign gives -1 or 0, without a comparison in the vector.
-    sign = product >> tirx.const(63, "int64")
-    return (product + half + sign) >> tirx.const(shift, "int64")
+    sign = product >> tirx.const(np.iinfo(dtype).bits - 1, dtype)
+    return (product + half + sign) >> tirx.const(shift, dtype)
 
 
 def _per_channel(values: te.Tensor, indices: tuple[Any, ...]) -> Any:

@@ -16,6 +16,8 @@ dense(x: int8 | uint8 [N, I], w: int8 [O, I], b: int32 [O]) -> int32 [N, O]
 requantize(x: int32, multiplier: int32 [C] or [1])
     `clamp(round_half_away_from_zero(x * multiplier / 2**shift) + zero_point, qmin, qmax)` as `dtype`, the
     product in 64 bits, the last axis of x being C. dtype may be int32, for the sides of a residual addition.
+    An optional attribute `bound` states that |x| never exceeds it, as whoever wrote the call has proven; with
+    it kernels may find that 32 bits hold all products. It changes no result.
 binarize(w: float32)
     int8 +1 where w >= 0, else -1 (stands only in QDQ modules, before weights are realised).
 
@@ -39,7 +41,9 @@ def _attr(call: relax.Call, name: str) -> Any:
     return call.attrs[name]
 
 
-def conv2d_output_shape(data: Sequence[int], weight: Sequence[int], attrs: Mapping[str, Any]) -> tuple[int, ...]:
+def conv2d_output_shape(
+    data: Sequence[int], weight: Sequence[int], attrs: Mapping[str, Any]
+) -> tuple[int, ...]:
     """Shape (N, OH, OW, O) of a convolution of NHWC data with OIHW weights."""
     n, h, w, _ = data
     o, _, kh, kw = weight

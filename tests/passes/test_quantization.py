@@ -15,6 +15,7 @@ from tvm_compress.passes.quantization import (
     QuantizationParameters,
     activation_parameters,
     fixed_point,
+    fixed_point_within,
     quantize_weights,
     requantize,
     weight_limit,
@@ -129,6 +130,22 @@ def test_fixed_point_errs_by_no_more_than_documented(exponents, x):
             # Half a step of rounding, and what the multiplier's own error makes of x.
             bound = Fraction(1, 2) + Fraction(abs(value), 2 ** (shift + 1))
             assert abs(value * Fraction(float(real)) - int(got)) <= bound
+
+
+@given(st.integers(1, 2**10 - 1), st.floats(-40, 18))
+@settings(max_examples=50, deadline=None)
+def test_small_integers_are_requantized_within_32_bits(bound, exponent):
+    multiplier = 2.0**exponent
+    m, shift = fixed_point_within(np.array([multiplier]), bound)
+    assert bound * int(m[0]) + ((1 << shift) >> 1) < 2**31
+    got = requantize(np.array([bound]), m, shift, 0, -(2**62), 2**62)[0]
+    assert abs(got - bound * multiplier) <= 0.5 + bound * 2.0 ** -(shift + 1) * 1.001
+    assert bound * 2.0 ** -(shift + 1) <= max(bound * multiplier * 2.0**-20, 2.0**-20)
+
+
+@pytest.mark.parametrize(("bound", "multiplier"), [(2**10, 0.5), (2**20, 0.5), (255, 2.0**25)])
+def test_other_integers_keep_the_widest_multiplier(bound, multiplier):
+    assert fixed_point_within(np.array([multiplier]), bound) == fixed_point(np.array([multiplier]))
 
 
 def test_fixed_point_of_special_multipliers():

@@ -65,6 +65,7 @@ def test_features_state_the_work():
     macs = 8 * 8 * 16 * 16 * 9
     expected = {
         "macs": macs, "bops": macs * 1024, "is_conv2d": 1, "is_dense": 0, "is_fp32": 1, "is_int8": 0,
+        "backend_dot": 0, "backend_popcount": 0, "backend_narrow": 0,
         "IC": 16, "OC": 16, "KH": 3, "OH": 8, "stride": 1, "groups": 1, "threads": 4,
         "input_bytes": 4096, "output_bytes": 4096, "weight_bytes": 9216, "intensity": macs / (9216 + 8192),
     }  # fmt: skip

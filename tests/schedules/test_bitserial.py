@@ -1,6 +1,7 @@
 """Bit-serial kernels against the integer reference, to the last bit, and the rules that they follow."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import bitserial, ops, packing, reference
+from tvm_compress.schedules import bitserial, ops, packing, reference, target_rules
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.bitpack import packing_kernel
 from tvm_compress.schedules.intrin.bits import MAX_STEPS
@@ -19,6 +20,14 @@ from tvm_compress.schedules.target_rules import parse_target, rules_for
 
 HOST = "host"
 A72 = "raspberry-pi/4b-aarch64"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def count_always() -> Iterator[None]:
+    """Count bits even where products of bytes are faster (test_narrow.py tests those)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_rules, "_POPCOUNT_BITS", dict.fromkeys(target_rules._POPCOUNT_BITS, 36))
+        yield
 
 
 def make_site(

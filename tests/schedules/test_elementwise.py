@@ -6,7 +6,7 @@ import torch
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm import relax
+from tvm import relax, tirx
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules import apply, ops, reference
@@ -58,6 +58,53 @@ def test_requantize_is_exact(shape, shift_and_dtype, zero_point, per_channel):
     actual = run(module, x)
     assert actual.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(actual, reference.requantize(x, multiplier, **attrs))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(255, 0), (255, 30), (1000, 14), (2**20, 8), (2**24, 33), (2**30 - 1, 8)]),
+    st.sampled_from(["int8", "int32"]),
+    st.booleans(),
+)
+def test_a_bound_changes_no_requantization(bound_and_shift, dtype, identity):
+    bound, shift = bound_and_shift
+    rng = np.random.default_rng(bound)
+    x = rng.integers(-bound, bound + 1, (1, 3, 5, 19)).astype(np.int32)
+    # The extremes, and halves of both signs.
+    x.flat[:6] = [bound, -bound, *[min(bound, 1 << max(0, shift - 1)) * s for s in (1, -1, 3, -3)]]
+    x = np.clip(x, -bound, bound)
+    largest = 1 if identity else min(2**31 - 1, max(2, (2**31 - 2**29 - 1) // bound if shift < 31 else 2**31))
+    multiplier = np.array([largest], np.int32) if identity else rng.integers(1, largest, 19).astype(np.int32)
+    multiplier[-1] = largest
+    limits = np.iinfo(dtype)
+    attrs = dict(shift=shift, zero_point=0, qmin=int(limits.min), qmax=int(limits.max), dtype=dtype)
+    module = unary(
+        x.shape,
+        "int32",
+        lambda _, v: ops.call("requantize", [v, relax.const(multiplier)], **attrs, bound=bound),
+    )
+    np.testing.assert_array_equal(run(module, x), reference.requantize(x, multiplier, **attrs))
+
+
+@pytest.mark.parametrize(
+    ("bound", "shift", "multiplier", "wide"),
+    [
+        (255, 14, 2**22, False),
+        (255, 14, 2**23, True),
+        (2**30 - 1, 8, 1, False),
+        (2**31 - 1, 8, 1, True),
+        (None, 8, 1, True),
+    ],
+)
+def test_requantizations_are_computed_in_32_bits_where_they_fit(bound, shift, multiplier, wide):
+    attrs = dict(shift=shift, zero_point=3, qmin=-128, qmax=127, dtype="int8")
+    if bound is not None:
+        attrs["bound"] = bound
+    factor = relax.const(np.array([multiplier], np.int32))
+    module = unary((1, 4, 4, 8), "int32", lambda _, v: ops.call("requantize", [v, factor], **attrs))
+    lowered = apply.lower_to_kernels(module, parse_target("host"))
+    (func,) = (func for func in lowered.functions.values() if isinstance(func, tirx.PrimFunc))
+    assert ('Cast("int64"' in func.script()) == wide
 
 
 @settings(max_examples=6, deadline=None)

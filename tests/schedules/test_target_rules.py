@@ -97,3 +97,15 @@ def test_bitserial_rules_name_what_is_broken(site, broken):
 
 def test_the_widest_bitserial_operand():
     assert MAX_BITSERIAL_BITS == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "pays"),
+    [
+        ("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu", {(1, 1): True, (2, 1): True, (2, 2): False}),
+        (A72, {(2, 2): True, (4, 2): True, (3, 3): True, (4, 3): False}),
+    ],
+)
+def test_counting_bits_pays_for_few_of_them(text, pays):
+    rules = rules_for(parse_target(text))
+    assert {bits: rules.popcount_pays(*bits) for bits in pays} == pays
