@@ -31,7 +31,8 @@ def table(name: str) -> str:
     raw = f"[docs/figures/{name}.json](docs/figures/{name}.json)"
     lines += [
         "",
-        f"Measured by `{command}` on {where}; {versions}. The worst of the seeds counts; the raw values stand in {raw}.",
+        f"Measured by `{command}` on {where}; {versions}. The worst of the seeds counts; "
+        f"the raw values stand in {raw}.",
     ]
     return "\n".join(lines)
 
