@@ -90,7 +90,7 @@ def test_a_bound_changes_no_requantization(bound_and_shift, dtype, identity):
     ("bound", "shift", "multiplier", "wide"),
     [
         (255, 14, 2**22, False),
-        (255, 14, 2**23, True),
+        (255, 14, 2**24, True),
         (2**30 - 1, 8, 1, False),
         (2**31 - 1, 8, 1, True),
         (None, 8, 1, True),
