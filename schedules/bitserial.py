@@ -15,7 +15,7 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import packing
+from tvm_compress.schedules import int8, narrow, packing
 from tvm_compress.schedules.bitpack import pack_activations
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
@@ -33,7 +33,10 @@ from tvm_compress.schedules.target_rules import MAX_BITSERIAL_BITS, TargetRules
 
 
 def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a packing and a bit-serial kernel.
+    """Replace a call of tvm_compress.conv2d or tvm_compress.dense of scheme "bitserial" by a kernel.
+
+    The scheme says which integers are computed, not how: they are the same from counted bits (a packing and a
+    kernel of this family) and from products of bytes, which is taken where counting does not pay.
 
     Raises
     ------
@@ -43,6 +46,9 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     """
     layer = packing.read_layer(call)
     check_legal(layer, rules)
+    if not rules.popcount_pays(layer.activation_bits, layer.weight_bits):
+        site = narrow.legalize_layer(bb, call, layer, rules)
+        return int8.legalize(bb, call, rules) if site is None else site
     dot = bit_dot_for(rules.isa, _operation(layer), layer.out_channels)
     tile = choose_tile(layer.out_size, layer.out_channels // dot.lanes, dot.registers)
     weight = packing.pack_weight_bits(layer.weight, layer.weight_bits, tile.vectors * dot.lanes)
