@@ -181,13 +181,33 @@ def test_killed_search_decides_the_same_afterwards(studied, model, split, tmp_pa
         run_search(model, split, SETTINGS, tmp_path / "study", kill)
     first = read_trials(tmp_path / "study")
     assert len(first) == 2
-    # Latencies are this machine's and differ from run to run; so does what the agent learns from them. Until then
+    # Latencies differ from run to run, and so does what the agent learns from them. Until then
     # all is given by the seed.
     assert [t.policy for t in first] == [t.policy for t in result.trials[:2]]
     assert [t.result.accuracy for t in first] == [t.result.accuracy for t in result.trials[:2]]
     resumed = run_search(model, split, SETTINGS, tmp_path / "study")
     assert resumed.trials[:2] == first
     assert len(resumed.trials) == 4
+
+
+def test_on_the_emulated_core_one_seed_gives_one_result_also_when_killed(model, split, tmp_path):
+    settings = dataclasses.replace(
+        SETTINGS, device="emulated-a72", latency="hybrid", measure_every=3, finetune_epochs=0, refine_pareto=0
+    )
+    whole = run_search(model, split, settings, tmp_path / "whole")
+
+    def kill(event: ProgressEvent) -> None:
+        if event.stage == "episode" and event.done == 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        run_search(model, split, settings, tmp_path / "killed", kill)
+    killed = run_search(model, split, settings, tmp_path / "killed")
+    assert [dataclasses.replace(t, seconds=0) for t in killed.trials] == [
+        dataclasses.replace(t, seconds=0) for t in whole.trials
+    ]
+    assert {t.result.unit for t in whole.trials} == {"estimated_cycles"}
+    assert killed.best.result == whole.best.result
 
 
 @pytest.mark.parametrize("agent", ["pruning", "quantization"])

@@ -80,7 +80,7 @@ class SearchSettings:
     validation_images: int = 512
     sensitivity_images: int = 128
     finetune_epochs: int = 6
-    finetune_lr: float = 0.02
+    finetune_lr: float = 0.04
     refine_top: int = 1
     refine_pareto: int = 1
     measure_first: int = 8
