@@ -12,6 +12,7 @@ from tvm_compress.search.ddpg import DDPG, DDPGSettings
 from tvm_compress.search.noise import NoiseSchedule, truncated_normal, warmup_levels
 from tvm_compress.search.normalize import MovingNormalizer, RunningStandardizer
 from tvm_compress.search.replay import Batch, ReplayBuffer
+from tvm_compress.search.settings import SearchSettings
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -168,18 +169,19 @@ def test_no_global_random_state_is_used():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_as_many_steps_as_transitions_after_the_warmup():
-    agent = DDPGAgent(3, 1, warmup=2, seed=0)
+@pytest.mark.parametrize("updates", [1, 3])
+def test_steps_are_taken_for_each_transition_from_the_end_of_the_warmup(updates):
+    agent = DDPGAgent(3, 1, warmup=2, seed=0, updates=updates)
     taken: list[int] = []
     agent.learner.update = taken.append  # type: ignore[method-assign, assignment]
     play(agent, 0, 4, generator())
-    assert taken == [4, 4, 4]
+    assert taken == [4 * updates] * 3
 
 
 def test_baselines():
     state = torch.zeros(3)
     assert FixedAgent([0.2, 0.4]).act(state, 0).tolist() == pytest.approx([0.2, 0.4])
-    random = make_agent("random", 3, 2, 10, 0)
+    random = make_agent(SearchSettings(strategy="random"), 3, 2)
     assert isinstance(random, RandomAgent)
     first = random.act(state, 0)
     saved = random.state_dict()
@@ -187,4 +189,4 @@ def test_baselines():
     random.load_state_dict(saved)
     assert torch.equal(random.act(state, 1), following)
     assert not torch.equal(first, following)
-    assert isinstance(make_agent("ddpg", 3, 2, 10, 0), DDPGAgent)
+    assert isinstance(make_agent(SearchSettings(), 3, 2), DDPGAgent)

@@ -27,9 +27,7 @@ def search(
     evaluator = FormulaEvaluator(network)
     evaluator.fail_at = fail_at
     env = CompressionEnv(network, evaluator, settings.budget, settings.beta)
-    agent = make_agent(
-        settings.strategy, SiteObservation.size(), len(network.actions), settings.warmup, settings.seed
-    )
+    agent = make_agent(settings, SiteObservation.size(), len(network.actions))
     with Study(path, settings, FACTS) as study:
         trials = run_episodes(
             study, env, agent, evaluator, events.append if events is not None else lambda _: None

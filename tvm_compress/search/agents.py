@@ -13,6 +13,7 @@ import torch
 
 from tvm_compress.search.ddpg import DDPG, DDPGSettings
 from tvm_compress.search.noise import NoiseSchedule, truncated_normal, warmup_levels
+from tvm_compress.search.settings import SearchSettings
 
 # Deviation of a site's warm-up action around its episode's level.
 WARMUP_SIGMA = 0.2
@@ -62,6 +63,8 @@ class DDPGAgent:
         `warmup_levels` (the paper's warm-up draws every action alike).
     seed
         Of the initial weights, the batches, the noise and the warm-up.
+    updates
+        Gradient steps per transition that an episode added.
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class DDPGAgent:
         seed: int,
         settings: DDPGSettings | None = None,
         noise: NoiseSchedule | None = None,
+        updates: int = 1,
     ) -> None:
         learner_seed, noise_seed, warmup_seed = _seeds(seed, 3)
         self.learner = DDPG(state_size, action_size, learner_seed, settings)
         self._noise = noise or NoiseSchedule()
         self._generator = torch.Generator().manual_seed(noise_seed)
         self._warmup = warmup
+        self._updates = updates
         self._levels = warmup_levels(warmup, action_size, torch.Generator().manual_seed(warmup_seed))
 
     def phase(self, episode: int) -> str:
@@ -93,7 +98,7 @@ class DDPGAgent:
         return truncated_normal(self.learner.act(observation), sigma, self._generator)
 
     def learn(self, transitions: Sequence[Transition], reward: float, episode: int) -> None:
-        """Store the transitions and, from the end of the warm-up on, take as many gradient steps."""
+        """Store the transitions and, from the end of the warm-up on, take gradient steps for each."""
         for index, transition in enumerate(transitions):
             last = index + 1 == len(transitions)
             # A terminal transition has no next observation; its own stands in and is masked out of the
@@ -103,7 +108,7 @@ class DDPGAgent:
                 transition.observation, transition.action, reward, following.observation, last
             )
         if episode + 1 >= self._warmup:
-            self.learner.update(len(transitions))
+            self.learner.update(len(transitions) * self._updates)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the learner and of the noise."""
@@ -173,12 +178,12 @@ class FixedAgent:
         """Nothing to restore."""
 
 
-def make_agent(strategy: str, state_size: int, action_size: int, warmup: int, seed: int) -> Agent:
-    """Agent of a strategy of `SearchSettings`."""
-    if strategy == "random":
-        return RandomAgent(action_size, seed)
-    assert strategy == "ddpg", strategy
-    return DDPGAgent(state_size, action_size, warmup, seed)
+def make_agent(settings: SearchSettings, state_size: int, action_size: int) -> Agent:
+    """Agent that the settings ask for."""
+    if settings.strategy == "random":
+        return RandomAgent(action_size, settings.seed)
+    assert settings.strategy == "ddpg", settings.strategy
+    return DDPGAgent(state_size, action_size, settings.warmup, settings.seed, updates=settings.updates)
 
 
 def _seeds(seed: int, count: int) -> list[int]:

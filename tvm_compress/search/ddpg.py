@@ -4,7 +4,8 @@ Differences from the paper ("Proposed Agents") and from its authors' published t
 
 - The last step of an episode is terminal: its target is the reward alone. (In the published tool the last
   state bootstraps into itself.)
-- As many gradient steps are taken per episode as transitions were added; the published tool takes one.
+- Gradient steps are taken per transition that an episode added (1 by default here, 4 in a search, see
+  `SearchSettings.updates`); the published tool takes one per episode.
 - The reward baseline is a moving average of the means of the sampled batches, factor 0.5 as in the published
   tool; the paper gives none. Rewards are also divided by a moving deviation, since with beta = -3 they span
   two decades between the first policies and the last.

@@ -249,9 +249,7 @@ class _Search:
         settings = self.settings
         found_by = f"{settings.strategy} {settings.agent}, seed {settings.seed}, budget {settings.budget:g}"
         env = CompressionEnv(problem, evaluator, settings.budget, settings.beta, found_by)
-        agent = make_agent(
-            settings.strategy, SiteObservation.size(), len(problem.actions), settings.warmup, settings.seed
-        )
+        agent = make_agent(settings, SiteObservation.size(), len(problem.actions))
         return run_episodes(self.study, env, agent, evaluator, self.progress)
 
     def _refine(self, trials: list[Trial], compressor: Compressor, meter: LatencyMeter) -> list[Refined]:

@@ -29,6 +29,9 @@ class SearchSettings:
         The wanted latency as a share of the dense model's, c in the reward; in (0, 1].
     episodes
         Policies to try, `warmup` random ones included.
+    updates
+        Gradient steps of the agent per transition. 1 takes as many as an episode has steps; the paper's own tool
+        takes 1 per episode. With 4 the agent comes closer to the budget within tens of episodes.
     strategy
         How actions are chosen: "ddpg", or "random" as a baseline.
     device, threads
@@ -66,6 +69,7 @@ class SearchSettings:
     warmup: int = 10
     seed: int = 0
     strategy: str = "ddpg"
+    updates: int = 4
     device: str = "local"
     threads: int = 1
     target: str = ""
@@ -135,6 +139,7 @@ _INTEGERS: tuple[tuple[str, int, int], ...] = (
     ("episodes", 1, 1_000_000),
     ("warmup", 0, 1_000_000),
     ("seed", 0, 2**63 - 1),
+    ("updates", 1, 1000),
     ("threads", 1, 1024),
     ("max_bits", 1, 6),
     ("retrain_epochs", 0, 1000),
