@@ -58,7 +58,12 @@ def kinds(module: tvm.IRModule, target: str) -> list[tuple[str, float, float, fl
     """Kind, scheme and backend of a module's kernels for a target."""
     parsed = parse_target(target)
     return [
-        (info.kind, *(info.features[name] for name in ("is_bitserial", "backend_popcount", "backend_narrow")))
+        (
+            info.kind,
+            info.features["is_bitserial"],
+            info.features["backend_popcount"],
+            info.features["backend_narrow"],
+        )
         for info in kernel_infos(lower_to_kernels(module, parsed), parsed)
         if info.kind != "bitpack"
     ]

@@ -100,8 +100,8 @@ def demo(
     study: Annotated[
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
-    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 36,
-    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.45,
+    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 32,
+    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.48,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
     studies: StudiesOption = Path("runs"),
@@ -111,10 +111,10 @@ def demo(
     """Compress the embedded sample for this machine and build it for the Raspberry Pi 4 too."""
     # Predicted latencies make room for more policies within a few minutes; the winners are measured.
     settings = SearchSettings(
-        budget=budget, episodes=episodes, seed=seed, threads=threads, latency="hybrid", finetune_epochs=8
+        budget=budget, episodes=episodes, seed=seed, threads=threads, latency="hybrid", finetune_epochs=12
     )
-    # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core that
-    # something else keeps busy costs a multiple.
+    # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core
+    # that something else keeps busy costs a multiple.
     torch.set_num_threads(1)
     loaded, split = model_and_data(DEMO_MODEL, None, 0)
     with search_progress(as_json) as progress:
