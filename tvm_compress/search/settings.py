@@ -30,8 +30,8 @@ class SearchSettings:
     episodes
         Policies to try, `warmup` random ones included.
     updates
-        Gradient steps of the agent per transition. 1 takes as many as an episode has steps; the paper's own tool
-        takes 1 per episode. With 4 the agent comes closer to the budget within tens of episodes.
+        Gradient steps of the agent per transition; the paper's own tool
+        takes 1 per episode. With 4 instead of 1 the agent comes closer to the budget within tens of episodes.
     strategy
         How actions are chosen: "ddpg", or "random" as a baseline.
     device, threads
@@ -79,7 +79,7 @@ class SearchSettings:
     beta: float = -3.0
     max_bits: int = 6
     retrain_epochs: int = 1
-    retrain_images: int = 1024
+    retrain_images: int = 768
     calibration_images: int = 256
     validation_images: int = 512
     sensitivity_images: int = 128
