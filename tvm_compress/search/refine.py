@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tvm_compress.data.dataset import Dataset
+from tvm_compress.passes.groups import CoupledSet
+from tvm_compress.passes.policy import BitserialRules
 from tvm_compress.search.candidate import Compressor, Training
 from tvm_compress.search.environment import reward_of
 from tvm_compress.search.evaluate import CompressionEvaluator
+from tvm_compress.search.problem import SearchProblem
 from tvm_compress.search.results import Refined, Trial, pareto_front
 from tvm_compress.search.settings import SearchSettings
 
@@ -41,6 +45,38 @@ def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
             if all(trial.policy.sites != other.policy.sites for other in chosen):
                 chosen.append(trial)
     return chosen
+
+
+def spend_budget(
+    trial: Trial,
+    problem: SearchProblem,
+    rules: BitserialRules,
+    evaluator: CompressionEvaluator,
+    budget: float,
+) -> Trial:
+    """Give a trial that is faster than asked its channels back, set by set, the most cut first.
+
+    Widths come in steps and the agent hits the budget from either side: what is left of it is accuracy for
+    nothing. Each wider policy is measured and kept if it is within the budget; a trial over the budget stays
+    as it is.
+    """
+    if not meets_budget(trial.result.ratio, budget):
+        return trial
+    policy, result = trial.policy, trial.result
+
+    def kept(group: CoupledSet) -> float:
+        counts = [n for n in (policy[name].channels for name in group.producers) if n is not None]
+        return min(counts, default=group.channels) / group.channels
+
+    for group in sorted((g for g in problem.sets if kept(g) < 1), key=kept):
+        sites = dict(policy.sites)
+        for name in group.producers:
+            sites[name] = replace(policy[name], channels=None, kept=None)
+        wider = replace(policy, sites=sites).legalize(problem.sites, rules, problem.sets)
+        found = evaluator.evaluate(wider, trial.episode)
+        if found.ratio <= budget:
+            policy, result = wider, found
+    return replace(trial, policy=policy, result=result)
 
 
 def refine(

@@ -33,7 +33,7 @@ from tvm_compress.search.latency import HybridLatency, LatencyMeter, MeasuredLat
 from tvm_compress.search.loop import run_episodes
 from tvm_compress.search.observation import SiteObservation, tolerance_statistics
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.refine import best_refined, choose, refine
+from tvm_compress.search.refine import best_refined, choose, refine, spend_budget
 from tvm_compress.search.results import (
     MEASURED,
     EpisodeResult,
@@ -153,7 +153,7 @@ class _Search:
             with self._timed("episodes"):
                 trials = self._episodes(problem, self._evaluator(compressor, source, meter))
             with self._timed("refinement"):
-                refined = self._refine(trials, compressor, meter)
+                refined = self._refine(trials, problem, compressor, meter)
             if isinstance(source, HybridLatency):
                 source.model.save(self.study.path / "latency_model.json")
         best_trial = best_of(trials)
@@ -252,11 +252,15 @@ class _Search:
         agent = make_agent(settings, SiteObservation.size(), len(problem.actions))
         return run_episodes(self.study, env, agent, evaluator, self.progress)
 
-    def _refine(self, trials: list[Trial], compressor: Compressor, meter: LatencyMeter) -> list[Refined]:
+    def _refine(
+        self, trials: list[Trial], problem: SearchProblem, compressor: Compressor, meter: LatencyMeter
+    ) -> list[Refined]:
         def tell(done: int, total: int, text: str) -> None:
             self.progress(ProgressEvent("refine", done, total, text=text))
 
         evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
-        return refine(
-            choose(trials, self.settings), compressor, evaluator, self.split.train, self.settings, tell
-        )
+        rules, budget = rules_for(self.target), self.settings.budget
+        chosen = [
+            spend_budget(trial, problem, rules, evaluator, budget) for trial in choose(trials, self.settings)
+        ]
+        return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)
