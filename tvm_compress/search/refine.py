@@ -11,7 +11,7 @@ from tvm_compress.search.candidate import Compressor, Training
 from tvm_compress.search.environment import reward_of
 from tvm_compress.search.evaluate import CompressionEvaluator
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.results import Refined, Trial, pareto_front
+from tvm_compress.search.results import Evaluator, Refined, Trial, pareto_front
 from tvm_compress.search.settings import SearchSettings
 
 # Share of the fine-tuning that is done with quantizers: an epoch with them takes more than twice as long, and
@@ -51,7 +51,7 @@ def spend_budget(
     trial: Trial,
     problem: SearchProblem,
     rules: BitserialRules,
-    evaluator: CompressionEvaluator,
+    evaluator: Evaluator,
     budget: float,
 ) -> Trial:
     """Give a trial that is faster than asked its channels back, set by set, the most cut first.
