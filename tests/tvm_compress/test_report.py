@@ -43,7 +43,7 @@ def data() -> ReportData:
         pareto=[1, 4],
         chosen=4,
         agreement={"artifact-host": 1.0},
-        settings={"threads": "2"},
+        settings={"threads": "2", "agent": "joint"},
     )
 
 
@@ -67,6 +67,12 @@ def test_page_is_self_contained_and_complete(data: ReportData, tmp_path: Path) -
 def test_same_data_same_bytes(data: ReportData, tmp_path: Path) -> None:
     first = write_report(data, tmp_path / "a.html").read_bytes()
     assert write_report(data, tmp_path / "b.html").read_bytes() == first
+
+
+def test_page_from_the_stored_data_is_the_same(data: ReportData, tmp_path: Path) -> None:
+    first = write_report(data, tmp_path / "a.html").read_bytes()
+    again = ReportData.from_json(data.to_json())
+    assert write_report(again, tmp_path / "b.html").read_bytes() == first
 
 
 def test_units_never_mix() -> None:

@@ -106,7 +106,8 @@ class ReportData:
 
     def to_json(self) -> str:
         """Return the data as JSON text, from which `from_json` makes it again."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        # In the given order: it is the order of the rows and the labels on the page.
+        return json.dumps(asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> "ReportData":
