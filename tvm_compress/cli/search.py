@@ -100,7 +100,7 @@ def demo(
     study: Annotated[
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
-    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 32,
+    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 28,
     budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.48,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
@@ -111,7 +111,7 @@ def demo(
     """Compress the embedded sample for this machine and build it for the Raspberry Pi 4 too."""
     # Predicted latencies make room for more policies within a few minutes; the winners are measured.
     settings = SearchSettings(
-        budget=budget, episodes=episodes, seed=seed, threads=threads, latency="hybrid", finetune_epochs=12
+        budget=budget, episodes=episodes, seed=seed, threads=threads, latency="hybrid", finetune_epochs=10
     )
     # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core
     # that something else keeps busy costs a multiple.
