@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,8 @@ VERSION = 1
 SCHEMES = ("fp32", "int8", "bitserial")
 CRITERIA = ("tolerance", "l1", "l2")
 MAX_BITSERIAL_BITS = 6
+FACTORIZATIONS = ("channel", "spatial")
+GROUP = re.compile(r"element|filter|channel|simd-[1-9][0-9]*|block-[1-9][0-9]*x[1-9][0-9]*")
 
 
 class BitserialRules(Protocol):
@@ -45,6 +48,19 @@ class SitePolicy:
         Which of them, ascending; `channels` follows from it where it is not given.
     scheme
         "fp32" (32/32 bits), "int8" (8/8 bits) or "bitserial" (1 to 6 bits each).
+    weight_pruning_ratio
+        Share of the site's own weights that are zero, in [0, 1).
+    group
+        Which weights go to zero together: "element" (each alone), "simd-N" (N neighbours along the packed
+        axis), "filter" (an output channel), "channel" (a coupled set's) or "block-MxN".
+    rank
+        Rank of the two layers that take the site's place; None leaves it whole.
+    factorization
+        How a convolution is split into them: "channel" (kernel to `rank` channels, then 1 x 1) or "spatial"
+        (a column, then a row).
+    codebook_bits
+        The weights are indices of 1 to 8 bits into a codebook of floats; 0 is none. Scheme "fp32" only: what
+        is computed stays float32.
     note
         For people, e.g. why bit-serial fell back to INT8.
 
@@ -59,6 +75,11 @@ class SitePolicy:
     scheme: str = "fp32"
     weight_bits: int = 32
     activation_bits: int = 32
+    weight_pruning_ratio: float = 0.0
+    group: str = "element"
+    rank: int | None = None
+    factorization: str = "channel"
+    codebook_bits: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -71,8 +92,30 @@ class SitePolicy:
             if not _is_int(bits) or not low <= bits <= high:
                 wanted = str(low) if low == high else f"{low} to {high}"
                 raise PolicyError(f"{name} must be {wanted} with scheme {self.scheme!r}, not {bits!r}.")
+        self._check_weights()
         if not isinstance(self.note, str):
             raise PolicyError(f"note must be text, not {self.note!r}.")
+
+    def _check_weights(self) -> None:
+        ratio = self.weight_pruning_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise PolicyError(f"weight_pruning_ratio must be in [0, 1), not {ratio!r}.")
+        if not isinstance(self.group, str) or not GROUP.fullmatch(self.group):
+            raise PolicyError(
+                f"group must be element, simd-N, filter, channel or block-MxN, not {self.group!r}."
+            )
+        if self.rank is not None and (not _is_int(self.rank) or self.rank < 1):
+            raise PolicyError(f"rank must be a whole number from 1, not {self.rank!r}.")
+        if self.factorization not in FACTORIZATIONS:
+            raise PolicyError(
+                f"factorization must be one of {', '.join(FACTORIZATIONS)}, not {self.factorization!r}."
+            )
+        if not _is_int(self.codebook_bits) or not 0 <= self.codebook_bits <= 8:
+            raise PolicyError(f"codebook_bits must be 0 to 8, not {self.codebook_bits!r}.")
+        if self.codebook_bits and self.scheme != "fp32":
+            raise PolicyError(
+                f"codebook_bits goes with scheme 'fp32', not {self.scheme!r}: its codewords are floats."
+            )
 
     def _check_channels(self) -> None:
         if self.kept is not None:

@@ -39,7 +39,19 @@ CHANNELS = st.one_of(
 def site_policies(draw):
     scheme, weight_bits, activation_bits = draw(SCHEME)
     channels, kept = draw(CHANNELS)
-    return SitePolicy(channels, kept, scheme, weight_bits, activation_bits, draw(st.text(max_size=20)))
+    return SitePolicy(
+        channels,
+        kept,
+        scheme,
+        weight_bits,
+        activation_bits,
+        weight_pruning_ratio=draw(st.floats(0, 1, exclude_max=True)),
+        group=draw(st.sampled_from(["element", "filter", "channel", "simd-4", "block-4x1"])),
+        rank=draw(st.none() | st.integers(1, 99)),
+        factorization=draw(st.sampled_from(["channel", "spatial"])),
+        codebook_bits=draw(st.integers(0, 8)) if scheme == "fp32" else 0,
+        note=draw(st.text(max_size=20)),
+    )
 
 
 POLICIES = st.builds(
@@ -100,6 +112,14 @@ def test_kept_says_how_many():
         ({"weight_bits": 8}, "must be 32 with scheme 'fp32', not 8"),
         ({"scheme": "bitserial", "weight_bits": 7, "activation_bits": 2}, "1 to 6"),
         ({"scheme": "bitserial", "weight_bits": 2, "activation_bits": 0}, "activation_bits"),
+        ({"weight_pruning_ratio": 1.0}, r"weight_pruning_ratio must be in \[0, 1\), not 1.0"),
+        ({"weight_pruning_ratio": "half"}, "weight_pruning_ratio"),
+        ({"group": "simd-0"}, "simd-N, filter, channel or block-MxN, not 'simd-0'"),
+        ({"group": "block-4"}, "not 'block-4'"),
+        ({"rank": 0}, "rank must be a whole number from 1, not 0"),
+        ({"factorization": "tucker"}, "channel, spatial, not 'tucker'"),
+        ({"codebook_bits": 9}, "0 to 8, not 9"),
+        ({"scheme": "int8", "weight_bits": 8, "activation_bits": 8, "codebook_bits": 4}, "scheme 'fp32'"),
         ({"note": 3}, "note"),
     ],
 )

@@ -1,7 +1,7 @@
 """`tvm-compress compress` and `compile`: apply a policy; build an artifact."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,14 +20,22 @@ from tvm_compress.cli.options import (
 )
 from tvm_compress.cli.output import print_json, print_lines
 from tvm_compress.compression import compile_model, compress_model, model_policy, twin_logits, uniform_policy
+from tvm_compress.data.dataset import Split
+from tvm_compress.errors import SettingError
 from tvm_compress.metrics.cost import metrics
-from tvm_compress.model import load_model
+from tvm_compress.model import Model, load_model
 from tvm_compress.passes.policy import CompressionPolicy
+
+# What may decide how a model is compressed; "policy" is a given or a uniform one.
+METHODS = ("policy",)
 
 
 def compress(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the compressed Model.")],
+    method: Annotated[
+        str, typer.Option(help="What decides: " + ", ".join(METHODS) + ". Each has its own options below.")
+    ] = "policy",
     policy: Annotated[
         Path | None,
         typer.Option(help="policy.json; without it every site is treated alike by the options below."),
@@ -56,6 +64,8 @@ def compress(
     debug: DebugOption = False,
 ) -> None:
     """Apply a compression policy to a model without searching."""
+    if method not in METHODS:
+        raise SettingError(f"--method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}.")
     dense, split = model_and_data(model, data, split_seed, layout, mean, std)
     chosen = (
         CompressionPolicy.load(policy)
@@ -80,18 +90,27 @@ def compress(
         seed=seed,
         progress=epoch_lines(as_json, finetune_epochs),
     )
+    _finish(compressed, split, output, target, {}, as_json)
+
+
+def _finish(
+    compressed: Model, split: Split, output: Path, target: str, summary: dict[str, Any], as_json: bool
+) -> None:
+    """Save the model that a method made, and tell what it is worth."""
     compressed.save(output)
     right = twin_logits(compressed, split.validation).argmax(axis=1) == split.validation.y
     result = {
         "model": str(output),
         "validation_accuracy": float(right.mean()),
         "metrics": metrics(compressed.module, model_policy(compressed)),
+        **summary,
     }
     if as_json:
         print_json(result)
     else:
         print_lines(
             [
+                *(f"{key.replace('_', ' ')}: {value}" for key, value in summary.items()),
                 f"compressed model: {output}",
                 f"validation accuracy: {100 * right.mean():.2f} % ({len(right)} images, twin)",
                 f"next: tvm-compress compile {output} --target {target} -o ARTIFACT",
