@@ -47,6 +47,15 @@ class _Step:
     free: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one run of a batch showed of a layer with weights: its node, its input and its output."""
+
+    node: Node
+    input: torch.Tensor
+    output: torch.Tensor
+
+
 class Twin(torch.nn.Module):
     """Executes `main` of a module at stage float, annotated, qdq or integer with torch, for any batch size.
 
@@ -139,6 +148,31 @@ class Twin(torch.nn.Module):
             for slot in step.free:
                 values[slot] = None
         return values[self._output_slot]
+
+    def record(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, SiteRecord]]:
+        """Compute the output of a batch, with what each site saw and gave, for derivatives at the sites.
+
+        Raises
+        ------
+        ModelError
+            Where a weight serves two layers: what it saw is then not one tensor.
+        """
+        inputs: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
+        observers: dict[int, Callable[[torch.Tensor], None]] = {
+            node.inputs[0]: partial(inputs.__setitem__, node.inputs[0]) for _, node in self._layers.values()
+        }
+        # A layer's output may be another's input: both are kept.
+        for slot in self._layers:
+            taken = observers.get(slot)
+            observers[slot] = partial(_keep_both, outputs, slot, taken)
+        result = self._run(x, observers)
+        records: dict[str, SiteRecord] = {}
+        for slot, (name, node) in self._layers.items():
+            if name in records:
+                raise ModelError(f"The weights of {name!r} serve two layers.", "Give each its own copy.")
+            records[name] = SiteRecord(node, inputs[node.inputs[0]], outputs[slot])
+        return result, records
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -288,6 +322,17 @@ class Twin(torch.nn.Module):
                 "An integer module has no gradients and no batch norms.",
                 "Train the float or QDQ module it was made from.",
             )
+
+
+def _keep_both(
+    outputs: dict[int, torch.Tensor],
+    slot: int,
+    taken: Callable[[torch.Tensor], None] | None,
+    value: torch.Tensor,
+) -> None:
+    outputs[slot] = value
+    if taken is not None:
+        taken(value)
 
 
 def _tensor(value: np.ndarray) -> torch.Tensor:
