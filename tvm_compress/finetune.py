@@ -1,8 +1,9 @@
 """Training of a module's parameters after compression."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,23 @@ from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.twin import Twin
 
 Progress = Callable[[int, dict[str, float]], None]
+
+
+class Observer(Protocol):
+    """Looks on while a network trains; `tensors` are the twin's parameters and buffers by name.
+
+    What it does to the tensors in `after_step`, such as keeping some at zero, stays.
+    """
+
+    def begin_epoch(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Look at the network before an epoch."""
+
+    def after_step(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Look at the network after one batch; no gradients are recorded."""
+
+    def end_epoch(self, epoch: int, means: Mapping[str, float]) -> None:
+        """Hear an epoch's number (from 1) and its means, as `progress` does."""
+
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
@@ -47,6 +65,7 @@ def finetune(
     teacher: Twin | None = None,
     augment: bool = False,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> tvm.IRModule:
     """Train a float or QDQ module for some epochs; return it, at the same stage, with new parameters.
 
@@ -65,6 +84,8 @@ def finetune(
     progress
         Called after each epoch with its number (from 1) and `loss`, `accuracy` (on what was trained on),
         `learning_rate`.
+    observer
+        Called before each epoch, after each batch and after each epoch, such as `metrics.EsnRecorder`.
 
     Raises
     ------
@@ -92,6 +113,8 @@ def finetune(
     trainer = _Trainer(twin, learning_rate, epochs * _batch_count(len(train), batch_size))
     twin.train()
     for epoch in range(1, epochs + 1):
+        if observer is not None:
+            observer.begin_epoch(twin.tensors)
         for indices in _shuffled(len(train), batch_size, generator):
             x = torch.from_numpy(train.normalized(indices))
             x = _shift(x, generator) if augment else x
@@ -100,7 +123,12 @@ def finetune(
                 with torch.no_grad():
                     logits = teacher(x)
             trainer.step(x, _Targets(torch.from_numpy(train.y[indices]), logits))
+            if observer is not None:
+                with torch.no_grad():
+                    observer.after_step(twin.tensors)
         means = trainer.finish_epoch(epoch)
+        if observer is not None:
+            observer.end_epoch(epoch, means)
         if progress is not None:
             progress(epoch, means)
     twin.eval()

@@ -157,6 +157,31 @@ def test_augmentation_moves_images_by_up_to_two_pixels():
         assert len(matches) == 1
 
 
+def test_an_observer_sees_every_step_and_may_hold_weights(train):
+    class Hold:
+        calls: list[str] = []
+
+        def begin_epoch(self, tensors):
+            self.calls.append("begin")
+
+        def after_step(self, tensors):
+            self.calls.append("step")
+            tensors["c.weight"][0] = 0.0
+
+        def end_epoch(self, epoch, means):
+            self.calls.append(f"end {epoch} {sorted(means)}")
+
+    observer = Hold()
+    module = finetune(small_network(), train.take(slice(0, 96)), 2, 0.05, batch_size=32, observer=observer)
+    end = "['accuracy', 'learning_rate', 'loss']"
+    assert observer.calls == [
+        word for epoch in (1, 2) for word in ("begin", "step", "step", "step", f"end {epoch} {end}")
+    ]
+    weight = get_params(module)["c.weight"]
+    assert not weight[0].any()
+    assert weight[1].any()
+
+
 def test_no_epochs_change_nothing(train):
     module = small_network(4)
     after = get_params(finetune(module, train, 0))

@@ -1,7 +1,12 @@
 """Effective signal norm: how much signal a network's quantized weights carry.
 
-Source: "Prune or quantize? Effective signal norm", sections 3 and 4, in the notation of a mid-rise quantizer:
-`W_int = floor(W / Δ) + 0.5`, and 0 for a filter all of whose weights are below Δ / 2 in magnitude.
+Source: "Prune or quantize? Strategy for Pareto-optimally low-cost and accurate CNN", section 2 and appendices A
+and E, in the notation of its mid-rise quantizer: `W_int = floor(W / Δ) + 0.5`, and 0 for a filter all of whose
+weights are below Δ / 2 in magnitude.
+
+ESN_a grows with the square of the weights (analog multipliers), ESN_d with their bits (digital ones), ESN'_d
+counts each filter at the bits of its largest weight: MAC * bits of a machine whose filters have widths of their
+own.
 """
 
 from collections.abc import Mapping
@@ -43,6 +48,31 @@ def esn_d(levels: np.ndarray, squared: bool = False) -> float:
     """
     bits = np.ceil(np.log2(np.abs(levels[levels != 0])) + 1)
     return float(np.sum(np.square(bits) if squared else bits))
+
+
+def filter_bits(levels: np.ndarray) -> np.ndarray:
+    """Bits of each filter, [O]: those of its largest |W_int|, `ceil(log2 max|W_int| + 1)`; pruned filters: 0.
+
+    Erratum: for levels of +-0.5 alone the paper's equation 7 gives 0 bits, so that binary networks would cost
+    nothing. Here a filter that is not pruned has 1 bit at least, its signs.
+    """
+    largest = np.abs(levels).reshape(levels.shape[0], -1).max(axis=1)
+    bits = np.ceil(np.log2(np.where(largest > 0, largest, 1.0)) + 1)
+    return np.where(largest > 0, np.maximum(bits, 1.0), 0.0)
+
+
+def esn_d_filters(levels: np.ndarray, macs: float) -> float:
+    """ESN'_d of one layer (equation 7): MACs of each filter times its bits; `macs` are the whole layer's."""
+    return float(np.sum(filter_bits(levels)) * macs / levels.shape[0])
+
+
+def esn_a_from_noise(signal: float, noise: float, nonzero: int) -> float:
+    """ESN_a of one layer by equation 4, `S / N * ||W||_0 / 12`; infinite without noise.
+
+    Equal to `esn_a` of the quantized layer where `signal` and `noise` are the sums of squares of its weights
+    and of its quantization errors, and the errors are uniform.
+    """
+    return float(signal / noise * nonzero / 12) if noise > 0 else float("inf")
 
 
 def esn(
