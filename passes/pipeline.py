@@ -16,6 +16,7 @@ from tvm.target import Target
 from tvm_compress.errors import ModelError, PolicyError
 from tvm_compress.passes.annotate_quantization import ActivationRanges, AnnotateQuantization
 from tvm_compress.passes.canonicalize import Canonicalize
+from tvm_compress.passes.factorize import Factorize
 from tvm_compress.passes.fold_batch_norm import FoldBatchNorm
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import InsertQDQ
@@ -122,6 +123,8 @@ def compress(
             "Give the ranges of its input (tvm_compress.calibration.calibrate).",
         )
     module = run("prune_channels", PruneChannels(policy, scores), module)
+    if any(site.rank is not None for site in policy.sites.values()):
+        module = run("factorize", Factorize(policy), module)
     if not quantized:
         return module
     ranges = calibration(module) if callable(calibration) else calibration
