@@ -2,5 +2,6 @@
 
 from tvm_compress.metrics.cost import bops, macs, metrics, parameter_bytes
 from tvm_compress.metrics.esn import esn
+from tvm_compress.metrics.esn_training import EsnRecord, EsnRecorder
 
-__all__ = ["bops", "esn", "macs", "metrics", "parameter_bytes"]
+__all__ = ["EsnRecord", "EsnRecorder", "bops", "esn", "macs", "metrics", "parameter_bytes"]

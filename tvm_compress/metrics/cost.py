@@ -1,13 +1,14 @@
 """MACs, bit operations and bytes of a module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tvm
 
-from tvm_compress.metrics.esn import esn
+from tvm_compress.metrics.esn import esn, esn_d_filters, filter_steps, mid_rise
 from tvm_compress.passes.params import get_params
-from tvm_compress.passes.policy import CompressionPolicy
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.passes.quantization import weight_limit
 from tvm_compress.passes.sites import Site, find_sites
 
 # By how many bits float32 weights are counted in the effective signal norm, which knows integers only: those
@@ -46,7 +47,7 @@ def metrics(
     policy: CompressionPolicy | None = None,
     sites: Sequence[Site] | None = None,
 ) -> dict[str, float]:
-    """Return what one sample costs: `macs`, `bops`, `parameter_bytes`, `esn_a`, `esn_d`.
+    """Return what one sample costs: `macs`, `bops`, `parameter_bytes`, `esn_a`, `esn_d`, `esn_d_filters`.
 
     Parameters
     ----------
@@ -57,13 +58,14 @@ def metrics(
     sites
         The module's sites, where they are known already.
 
-    ESN is taken with c_l = 1 (memory); float32 weights are counted as if quantized to 8 bits.
+    ESN is taken with c_l = 1 (memory), but for `esn_d_filters`, which is ESN'_d (MACs times bits); float32
+    weights are counted as if quantized to 8 bits, INT8 weights with the bits that their integers need.
     """
     sites = list(find_sites(module) if sites is None else sites)
     policy = policy or CompressionPolicy()
     params = get_params(module)
     weights = {site.name: params[site.weight] for site in sites}
-    bits = {s.name: policy[s.name].weight_bits if policy[s.name].quantized else REFERENCE_BITS for s in sites}
+    bits = {s.name: signal_bits(s, policy[s.name], params) for s in sites}
     own = {site.weight for site in sites}
     # 1-D and scalar parameters are batch norms, biases and scales: counted with the sites.
     others = sum(value.size for name, value in params.items() if name not in own and value.ndim > 1)
@@ -74,4 +76,24 @@ def metrics(
         "parameter_bytes": float(parameter_bytes(sites, policy, others)),
         "esn_a": analog,
         "esn_d": digital,
+        "esn_d_filters": sum(
+            esn_d_filters(mid_rise(w, filter_steps(w, bits[site.name]), bits[site.name]), site.macs)
+            for site, w in ((site, weights[site.name]) for site in sites)
+        ),
     }
+
+
+def signal_bits(site: Site, wanted: SitePolicy, params: Mapping[str, np.ndarray]) -> int:
+    """Bits that a site's weights are counted with in the signal norm.
+
+    INT8 weights may stand on a coarser grid (see `prune_then_quantize`): at the QDQ stage the bits are those
+    that the largest integer needs.
+    """
+    if not wanted.quantized:
+        return REFERENCE_BITS
+    scale = params.get(f"{site.name}.weight_scale")
+    if wanted.scheme != "int8" or scale is None:
+        return wanted.weight_bits
+    column = scale.reshape(-1, *[1] * (len(site.weight_shape) - 1))
+    largest = float(np.rint(np.abs(params[site.weight]) / column).max())
+    return next((bits for bits in range(2, 8) if largest <= weight_limit(bits)), 8)

@@ -1,12 +1,12 @@
 """Effective signal norm: how much signal a network's quantized weights carry.
 
-Source: "Prune or quantize? Strategy for Pareto-optimally low-cost and accurate CNN", section 2 and appendices A
-and E, in the notation of its mid-rise quantizer: `W_int = floor(W / Δ) + 0.5`, and 0 for a filter all of whose
-weights are below Δ / 2 in magnitude.
+Source: "Prune or quantize? Strategy for Pareto-optimally low-cost and accurate CNN", section 2, appendices A
+and E, in the notation of its mid-rise quantizer: `W_int = floor(W / Δ) + 0.5`, and 0 for a filter all of
+whose weights are below Δ / 2 in magnitude.
 
 ESN_a grows with the square of the weights (analog multipliers), ESN_d with their bits (digital ones), ESN'_d
-counts each filter at the bits of its largest weight: MAC * bits of a machine whose filters have widths of their
-own.
+counts each filter at the bits of its largest weight: MAC * bits of a machine that gives each filter its own
+width.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,17 @@ def filter_steps(weight: np.ndarray, bits: int) -> np.ndarray:
     return np.where(steps > 0, steps, 1.0)
 
 
-def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int) -> np.ndarray:
-    """Quantize weights [O, ...] with steps [O]: halves within +-(2**(bits - 1) - 0.5); pruned filters: 0."""
+def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int | None = None) -> np.ndarray:
+    """Quantize weights [O, ...] with steps [O]: halves; pruned filters: 0 (the paper's appendix A).
+
+    `bits` clips to the levels of so many bits, +-(2**(bits - 1) - 0.5); the paper does not clip.
+    """
     column = (-1, *[1] * (weight.ndim - 1))
     steps = steps.reshape(column)
-    limit = 2 ** (bits - 1) - 0.5
-    levels = np.clip(np.floor(weight / steps) + 0.5, -limit, limit)
+    levels = np.floor(weight / steps) + 0.5
+    if bits is not None:
+        limit = 2 ** (bits - 1) - 0.5
+        levels = np.clip(levels, -limit, limit)
     pruned = (np.abs(weight) < steps / 2).reshape(weight.shape[0], -1).all(axis=1)
     return np.where(pruned.reshape(column), 0.0, levels)
 
