@@ -86,8 +86,8 @@ def from_matrix(matrix: np.ndarray, weight_shape: tuple[int, ...], factorization
 def singular(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decompose into singular values and vectors: `matrix = (u * s) @ v`.
 
-    Done by the smaller of the two Gram matrices: several times faster than LAPACK's for long matrices; singular values below 1e-7 of the largest are not
-    exact.
+    Done by the smaller of the two Gram matrices: several times faster than LAPACK for long matrices; singular
+    values below 1e-7 of the largest are not exact.
     """
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape[0] > matrix.shape[1]:
