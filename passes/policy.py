@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tvm_compress.errors import PolicyError
+from tvm_compress.files import write_text
 from tvm_compress.passes.groups import CoupledSet, round_channels
 from tvm_compress.passes.sites import Site
 
@@ -248,15 +248,7 @@ class CompressionPolicy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file; it is never seen half-written."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CompressionPolicy":

@@ -54,7 +54,7 @@ class LocalDevice(Device):
             "unit": self.unit,
             "machine": platform.node(),
             "architecture": platform.machine(),
-            "processor": _processor_name(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "threads": self.threads,
             "governor": _governor(),
@@ -168,12 +168,13 @@ def _start_worker(threads: int) -> Worker:
     return Worker(lambda _: script, environment)
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """Model name of this machine's processor, as the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _governor() -> str | None:

@@ -16,6 +16,7 @@ import tvm
 
 import tvm_compress
 from tvm_compress.errors import ArtifactError, DataError
+from tvm_compress.files import replacing, write_text
 from tvm_compress.model import InputSpec
 from tvm_compress.passes.pipeline import Compiled
 from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings
@@ -91,12 +92,6 @@ class Manifest:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _versions() -> dict[str, str]:
@@ -183,7 +178,7 @@ class Artifact:
                 versions=_versions(),
                 sha256={LIBRARY: _sha256(staging / LIBRARY)},
             )
-            _write_text(staging / MANIFEST, manifest.to_json())
+            write_text(staging / MANIFEST, manifest.to_json())
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
@@ -230,14 +225,12 @@ class Artifact:
 
     def pack(self, path: Path) -> None:
         """Write the artifact as one uncompressed `.tar`, the same bytes each time."""
-        temporary = path.with_name(path.name + ".part")
-        with tarfile.open(temporary, "w") as archive:
+        with replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
             for name in (MANIFEST, *sorted(self.manifest.sha256)):
                 info = archive.gettarinfo(self.path / name, arcname=name)
                 info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
                 with (self.path / name).open("rb") as file:
                     archive.addfile(info, file)
-        os.replace(temporary, path)
 
     def predict(self, images: np.ndarray, device: Device) -> np.ndarray:
         """Run normalised float32 images [N, C, H, W] one by one and return the logits [N, classes].
@@ -283,7 +276,7 @@ class Artifact:
             **{k: v for k, v in asdict(verification).items() if k != "accuracy"},
         }
         manifest = replace(self.manifest, accuracy=accuracy)
-        _write_text(self.path / MANIFEST, manifest.to_json())
+        write_text(self.path / MANIFEST, manifest.to_json())
         return Artifact(self.path, manifest)
 
     def benchmark(

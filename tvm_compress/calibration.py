@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import tvm
 
 from tvm_compress.errors import DataError, ModelError, SettingError
+from tvm_compress.files import write_text
 from tvm_compress.twin import Twin
 
 METHODS = ("mse", "minmax", "percentile", "moving_average")
@@ -117,15 +117,7 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file; it is never seen half-written."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Calibration":

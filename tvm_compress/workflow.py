@@ -20,6 +20,7 @@ from tvm_compress.passes.sites import find_sites
 from tvm_compress.report.data import ReportData, SiteBar, TrialPoint, Variant
 from tvm_compress.report.html import write_report
 from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings, open_device
+from tvm_compress.rpc.local import processor_name
 from tvm_compress.search.results import Progress, ProgressEvent, SearchResult, no_progress
 from tvm_compress.search.run import run_search
 from tvm_compress.search.settings import SearchSettings
@@ -250,16 +251,6 @@ def site_bars(model: Model, search: SearchResult) -> list[SiteBar]:
         )
         for site in find_sites(model.module)
     ]
-
-
-def processor_name() -> str:
-    """Model name of this machine's processor, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
 
 
 def _summary(

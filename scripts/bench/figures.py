@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tvm_compress.workflow import processor_name
+from tvm_compress.rpc.local import processor_name
 
 COMPARISONS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "==": lambda a, b: a == b}
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy", "xgboost-cpu")

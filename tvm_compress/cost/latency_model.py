@@ -9,7 +9,6 @@ same model.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from tvm_compress.cost.features import FEATURE_NAMES, Kernel, analytic_cost, kernel_vector
 from tvm_compress.errors import StudyError
+from tvm_compress.files import write_text
 
 VERSION = 1
 
@@ -134,7 +134,7 @@ class LatencyModel:
             "provenance": self.provenance | {"xgboost": xgboost.__version__},
             "booster": json.loads(self._booster.save_raw("json")) if self._booster is not None else None,
         }
-        _write(Path(path), json.dumps(values) + "\n")
+        write_text(path, json.dumps(values) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LatencyModel":
@@ -163,10 +163,3 @@ class LatencyModel:
             model._booster = xgboost.Booster({"nthread": 1})
             model._booster.load_model(bytearray(json.dumps(values["booster"]).encode()))
         return model
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)

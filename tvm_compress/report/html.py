@@ -1,11 +1,11 @@
 """Writes `report.html`, one self-contained file, and its pictures as PNGs beside it."""
 
 import base64
-import os
 from importlib import resources
 from pathlib import Path
 
 from tvm_compress.errors import SettingError
+from tvm_compress.files import replacing, write_text
 from tvm_compress.report.data import ReportData, Variant
 from tvm_compress.report.plots import all_plots
 
@@ -96,7 +96,8 @@ def write_report(data: ReportData, path: str | Path) -> Path:
     folder = path.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, png in plots.items():
-        _write(folder / f"{name}.png", png)
+        with replacing(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (resources.files("tvm_compress.report") / "report.html.j2").read_text(encoding="utf-8")
     )
@@ -109,11 +110,5 @@ def write_report(data: ReportData, path: str | Path) -> Path:
             if name in plots
         ],
     )
-    _write(path, page.encode("utf-8"))
+    write_text(path, page)
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -13,7 +13,6 @@ same state.
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from tvm_compress.errors import PolicyError, StudyError
+from tvm_compress.files import replacing, write_text
 from tvm_compress.search.results import Trial
 from tvm_compress.search.settings import RESUMABLE, SearchSettings
 
@@ -102,7 +102,7 @@ class Study:
             os.fsync(file.fileno())
         self.trials.append(trial)
         self.checkpoint = {"episodes": len(self.trials), **state}
-        with _replacing(self.path / "checkpoint.pt") as temporary:
+        with replacing(self.path / "checkpoint.pt") as temporary:
             torch.save(self.checkpoint, temporary)
 
     def read_json(self, name: str) -> Any:
@@ -197,28 +197,3 @@ def _read_study(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise StudyError(f"{path} is not a study of version {VERSION}.", _ANOTHER)
     return values
-
-
-class _replacing:  # noqa: N801 - reads as the verb that it is
-    """Context manager: a temporary path beside `path`, moved onto it if all goes well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
