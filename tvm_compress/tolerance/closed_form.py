@@ -3,12 +3,25 @@
 Source: TOCO, section 3 and its supplement. Both functions minimise `Σ φ_i(τ_i)` over `0 <= τ_i <= bound_i`
 subject to `Σ |g_i| τ_i <= ΔL`, exactly, clipping and redistribution included. The paper clips once and leaves
 the budget that clipping frees unused; here it is given to the weights that are still free, so that the
-results are those of a general solver. Everything is vectorised, O(n log n).
+results are those of a general solver.
+
+Nothing is sorted: the one unknown (the share of each free weight, or the multiplier λ) is found by Newton
+steps on a piecewise linear sum, which end at the exact solution after a few passes over the weights. Weights
+keep their dtype and are read in parts that fit the cache; sums are float64.
 """
+
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from tvm_compress.errors import SettingError
+
+# Weights in one part: arrays of it stay in the cache, and are small enough that malloc reuses them.
+PART = 1 << 13
+MAX_ROUNDS = 200
+# Weights that first say about where λ lies.
+SAMPLE = 1 << 15
 
 
 def bounds(
@@ -18,8 +31,9 @@ def bounds(
     largest: float = np.inf,
 ) -> np.ndarray:
     """Return the tolerances' box, `min(δ, |w* - w|, ω̄)`: trust radius, distance to the target, limit."""
-    distance = np.abs(np.asarray(targets, np.float64) - np.asarray(weights, np.float64))
-    return np.minimum(distance, min(trust_radius, largest))
+    weights = floating(weights)
+    distance = np.abs(np.asarray(targets, weights.dtype) - weights)
+    return np.minimum(distance, weights.dtype.type(min(trust_radius, largest)))
 
 
 def logarithmic(gradients: np.ndarray, budget: float, bound: np.ndarray | float = np.inf) -> np.ndarray:
@@ -38,26 +52,40 @@ def logarithmic(gradients: np.ndarray, budget: float, bound: np.ndarray | float 
 
     Returns
     -------
-    float64, the shape of g.
+    The shape and dtype of g.
     """
-    slopes, upper, shape = _prepare(gradients, budget, bound)
-    tolerances = upper.copy()
-    active = slopes > 0
-    # What each weight would cost at its bound, ascending: the cheapest are clipped first.
-    costs = np.where(np.isfinite(upper[active]), slopes[active] * upper[active], np.inf)
-    order = np.sort(costs)
-    n = len(order)
-    if n == 0:
-        return tolerances.reshape(shape)
-    spent = np.concatenate([[0.0], np.cumsum(order[:-1])])
-    # With the k cheapest clipped, the others share the rest: right for the first k whose next would not clip.
-    with np.errstate(invalid="ignore"):
-        shares = (budget - spent) / (n - np.arange(n))
-    fits = np.flatnonzero(shares < order)
-    if len(fits):
-        share = max(float(shares[fits[0]]), 0.0)
-        tolerances[active] = np.minimum(upper[active], share / slopes[active])
-    return tolerances.reshape(shape)
+    slopes, upper = prepare(gradients, budget, bound)
+    share = _share(slopes, upper, budget)
+    tolerances = np.empty_like(slopes)
+    for part in parts(slopes.size):
+        with np.errstate(divide="ignore", over="ignore"):
+            free = share / slopes[part].astype(np.float64)
+        tolerances[part] = np.where(slopes[part] > 0, np.minimum(upper[part], free), upper[part])
+    return tolerances.reshape(np.shape(gradients))
+
+
+def _share(slopes: np.ndarray, upper: np.ndarray, budget: float) -> float:
+    """Return the share s at which `Σ min(|g_i| bound_i, s)` is the budget; infinity where all may be clipped.
+
+    The sum is concave in s, so Newton steps from the even share rise to the solution and never pass it: each
+    is a redistribution of what the weights clipped so far leave over.
+    """
+    spent, costs = 0.0, np.empty_like(slopes)
+    # g = 0 costs nothing, whatever its bound.
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.multiply(slopes, upper, out=costs)
+    np.copyto(costs, 0, where=slopes == 0)
+    costs = costs[costs > 0]
+    share = 0.0
+    while costs.size:
+        # The share of the weights left, each of which costs more than the share before.
+        share = max((budget - spent) / costs.size, share)
+        clipped = costs <= share
+        if not clipped.any():
+            return share
+        spent += float(costs[clipped].sum(dtype=np.float64))
+        costs = costs[~clipped]
+    return math.inf
 
 
 def quadratic(
@@ -72,8 +100,7 @@ def quadratic(
     Erratum: the paper's equations 27 and 28 reverse the sign of λ and divide by g where the derivation
     multiplies. The conditions of Karush, Kuhn and Tucker give `τ_i = d_i - λ |g_i| / (2 h_i)`, here clipped
     to `[0, min(d_i, bound_i)]`, and `λ = (Σ |g_i| d_i - ΔL) / Σ (g_i² / (2 h_i))` over the weights that are
-    not clipped, λ >= 0. Which those are follows from where λ lies among the values at which a weight gets
-    clipped or free, found by sorting them.
+    not clipped, λ >= 0. Which those are changes with λ: Newton steps, kept within a bracket, find both.
 
     Parameters
     ----------
@@ -84,63 +111,143 @@ def quadratic(
     distance
         d = |C - w| >= 0; for pruning |w|.
     curvature
-        h >= 0, broadcast to g; where it is 0 and g is not, τ has no use and is 0.
+        h >= 0, broadcast to g; where it is 0 and g is not, τ has no use and is 0, unless the budget has room
+        for all.
     bound
         Further upper bounds of τ (trust radius), broadcast to g.
 
     Returns
     -------
-    float64, the shape of g.
+    The shape and dtype of g.
     """
-    slopes, upper, shape = _prepare(gradients, budget, bound)
-    distance = np.asarray(distance, np.float64).ravel()
-    curvature = np.broadcast_to(np.asarray(curvature, np.float64), shape).ravel()
-    if (distance < 0).any() or (curvature < 0).any():
-        raise SettingError("Distances and curvatures must not be negative.")
+    slopes, upper = prepare(gradients, budget, bound)
+    shape = np.shape(gradients)
+    distance = np.asarray(distance, slopes.dtype).ravel()
+    curvature = np.broadcast_to(np.asarray(curvature, slopes.dtype), shape).ravel()
+    if distance.size != slopes.size or (distance < 0).any() or (curvature < 0).any():
+        raise SettingError("Distances and curvatures must not be negative, and one for each gradient.")
     upper = np.minimum(upper, distance)
-    if float(slopes @ upper) <= budget:
+    if cost_of(slopes, upper) <= budget:
         return upper.reshape(shape)
-    multiplier = _multiplier(slopes, upper, distance, curvature, budget)
-    # h = 0 has no pull towards the target: any λ > 0 brings τ to 0.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pushed = np.where(slopes > 0, multiplier * slopes / (2 * curvature), 0.0)
-    return np.clip(distance - np.nan_to_num(pushed, nan=np.inf), 0.0, upper).reshape(shape)
+    every = -(-slopes.size // SAMPLE)
+    sample = _Line(*(values[::every] for values in (slopes, upper, distance, curvature)))
+    multiplier = _Line(slopes, upper, distance, curvature).solve(budget, sample.solve(budget / every))
+    tolerances = np.empty_like(slopes)
+    for part in parts(slopes.size):
+        # h = 0 has no pull towards the target: any λ > 0, and the limit at 0, brings τ to 0.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            fall = slopes[part] / (2 * curvature[part])
+            pushed = np.where(curvature[part] > 0, slopes.dtype.type(multiplier) * fall, np.inf)
+        pushed[slopes[part] == 0] = 0
+        tolerances[part] = np.clip(distance[part] - pushed, 0, upper[part])
+    return tolerances.reshape(shape)
 
 
-def _multiplier(
-    slopes: np.ndarray, upper: np.ndarray, distance: np.ndarray, curvature: np.ndarray, budget: float
-) -> float:
-    """Return λ >= 0 at which `Σ |g| clip(d - λ |g| / 2h, 0, upper)` falls to the budget."""
-    active = (slopes > 0) & (curvature > 0) & (upper > 0)
-    slopes, upper, distance, h = slopes[active], upper[active], distance[active], curvature[active]
-    if len(slopes) == 0 or float(slopes @ upper) <= budget:
-        return 0.0
-    leaves_bound = 2 * h * (distance - upper) / slopes
-    reaches_zero = 2 * h * distance / slopes
-    # The sum is piecewise linear in λ: each weight adds -g²/2h to its slope between its two breakpoints.
-    fall = slopes**2 / (2 * h)
-    points = np.concatenate([leaves_bound, reaches_zero])
-    changes = np.concatenate([-fall, fall])
-    order = np.argsort(points, kind="stable")
-    points, slope = points[order], np.cumsum(changes[order])
-    sums = float(slopes @ upper) + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(points))])
-    # The last breakpoint at which the sum is still above the budget; beyond it the sum falls with its slope.
-    position = int(np.searchsorted(-sums, -budget, side="left")) - 1
-    position = max(position, 0)
-    if slope[position] >= 0:
-        return float(points[position])
-    return float(points[position] + (budget - sums[position]) / slope[position])
+class _Line:
+    """`Σ |g| clip(d - λ |g| / 2h, 0, upper)` as a falling, piecewise linear function of λ."""
+
+    def __init__(
+        self, slopes: np.ndarray, upper: np.ndarray, distance: np.ndarray, curvature: np.ndarray
+    ) -> None:
+        # Each weight's term is clip(whole - λ fall, 0, most).
+        self._whole, self._fall, self._most = (np.empty_like(slopes) for _ in range(3))
+        for part in parts(slopes.size):
+            g, h = slopes[part], curvature[part]
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                fall = g * (g / (2 * h))
+            fall[~np.isfinite(fall)] = 0
+            self._fall[part] = fall
+            # Without a fall, g or h is 0 and the term is 0 at any λ > 0.
+            self._whole[part] = np.where(fall > 0, g * distance[part], 0)
+            self._most[part] = np.where(fall > 0, g * upper[part], 0)
+
+    def _evaluate(self, multiplier: float) -> tuple[float, float]:
+        """Return the sum at λ, and how fast it falls there with the weights that are not clipped."""
+        total = falling = 0.0
+        factor = self._fall.dtype.type(multiplier)
+        for part in parts(self._fall.size):
+            fall, most = self._fall[part], self._most[part]
+            terms = self._whole[part] - factor * fall
+            free = (terms > 0) & (terms < most)
+            total += float(np.clip(terms, 0, most).sum(dtype=np.float64))
+            falling += float((fall * free).sum(dtype=np.float64))
+        return total, falling
+
+    def solve(self, budget: float, start: float = 0.0) -> float:
+        """Return the λ >= 0 at which the sum falls to the budget, or 0 where it is below it from there on."""
+        if float(self._most.sum(dtype=np.float64)) <= budget:
+            return 0.0
+        rounding = 4 * float(np.finfo(self._fall.dtype).eps)
+        multiplier, low, high = start or self._unclipped(budget), 0.0, math.inf
+        for _ in range(MAX_ROUNDS):
+            total, falling = self._evaluate(multiplier)
+            excess = total - budget
+            step = multiplier + excess / falling if falling > 0 else math.nan
+            if abs(excess) <= 1e-13 * budget or abs(step - multiplier) <= rounding * multiplier:
+                return multiplier
+            if excess > 0:
+                low = multiplier
+            else:
+                high = multiplier
+            if not low < step < high:
+                step = _between(low, high)
+            if not low < step < high:
+                break
+            multiplier = step
+        return high if math.isfinite(high) else low
+
+    def _unclipped(self, budget: float) -> float:
+        """Return λ as the closed form gives it where nothing clips: where to begin."""
+        return float(self._whole.sum(dtype=np.float64) - budget) / float(self._fall.sum(dtype=np.float64))
 
 
-def _prepare(
-    gradients: np.ndarray, budget: float, bound: np.ndarray | float
-) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+def _between(low: float, high: float) -> float:
+    """Return a λ inside a bracket, by powers where it is open or wide."""
+    if math.isinf(high):
+        return 4 * low
+    if low == 0:
+        return high / 4
+    return math.sqrt(low * high) if high > 4 * low else (low + high) / 2
+
+
+def parts(size: int) -> Iterator[slice]:
+    """Cut `size` weights into parts that fit the cache."""
+    for start in range(0, size, PART):
+        yield slice(start, min(start + PART, size))
+
+
+def cost_of(slopes: np.ndarray, tolerances: np.ndarray) -> float:
+    """Return `Σ |g| τ`, where g = 0 costs nothing even at an infinite τ."""
+    total = 0.0
+    for part in parts(slopes.size):
+        g = slopes[part].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            products = g * tolerances[part]
+        total += float(np.where(g > 0, products, 0.0).sum())
+    return total
+
+
+def floating(values: np.ndarray) -> np.ndarray:
+    """Return values as an array of float32, where they are that already, or float64."""
+    values = np.asarray(values)
+    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
+
+
+def prepare(gradients: np.ndarray, budget: float, bound: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Check a problem and return |g| and the upper bounds of τ, flat, in the dtype of g.
+
+    Raises
+    ------
+    SettingError
+        On a negative budget or bound, and where a value is NaN or a gradient infinite.
+    """
     if not budget >= 0 or not np.isfinite(budget):
         raise SettingError(f"A loss budget must be finite and at least 0, not {budget}.")
-    slopes = np.abs(np.asarray(gradients, np.float64))
+    slopes = np.abs(floating(gradients)).ravel()
     if not np.isfinite(slopes).all():
         raise SettingError("The gradients hold NaN or infinity.")
-    upper = np.broadcast_to(np.asarray(bound, np.float64), slopes.shape).astype(np.float64)
+    upper = np.broadcast_to(np.asarray(bound, slopes.dtype), np.shape(gradients)).ravel()
     if np.isnan(upper).any() or (upper < 0).any():
         raise SettingError("The bounds of tolerances must not be negative or NaN.")
-    return slopes.ravel(), upper.ravel(), slopes.shape
+    # Without the sign of -0.
+    return slopes, np.abs(upper)
