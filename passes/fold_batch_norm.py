@@ -30,7 +30,8 @@ class FoldBatchNorm(ModulePass):
     With a = gamma / sqrt(variance + epsilon), per output channel, w becomes a * w and b becomes
     a * (b - mean) + beta. The weight keeps its name, so does the bias, which is named after the site where
     there was none; the four parameters of the batch norm go. A batch norm after anything else, or after a
-    quantized site, stays.
+    quantized site, stays. Weights that are looked up in a codebook stay as they are: the site's result is
+    multiplied by a, a new parameter, before the bias.
     """
 
     def transform_module(self, module: IRModule, context: tvm.transform.PassContext) -> IRModule:
@@ -43,13 +44,15 @@ class FoldBatchNorm(ModulePass):
 
 @dataclass(frozen=True)
 class _Match:
-    """A batch norm to fold: what it takes (the convolution, or the sum with its bias), and the parameters."""
+    """A batch norm to fold: what the site gives (`made`), what the norm takes (with a bias), parameters."""
 
     norm: relax.Var
+    made: relax.Var
     data: relax.Var
     weight: relax.Var
     bias: relax.Var | None
     call: relax.Call
+    looked_up: bool
 
 
 class _Folder:
@@ -85,8 +88,17 @@ class _Folder:
         site: Any = self._defined.get(made)
         if operator(site) not in _SITES or self._uses[made] != 1 or self._uses[data] != 1:
             return None
-        weight = self._own_weight(site.args[1])
-        return None if weight is None else _Match(norm, data, weight, bias, call)
+        looked_up = self._is_looked_up(site.args[1])
+        if looked_up:
+            weight = weight_parameter(site.args[1], self._defined, self._function)
+        else:
+            weight = self._own_weight(site.args[1])
+        return None if weight is None else _Match(norm, made, data, weight, bias, call, looked_up)
+
+    def _is_looked_up(self, expr: relax.Expr) -> bool:
+        while operator(self._defined.get(expr)) == "relax.permute_dims":
+            expr = self._defined[expr].args[0]
+        return operator(self._defined.get(expr)) == "tvm_compress.lookup"
 
     def _is_bias(self, expr: relax.Expr, data: relax.Var) -> bool:
         return expr in self._parameters and self._uses[expr] == 1 and expr.ty.shape[0] == data.ty.shape[-1]
@@ -101,23 +113,29 @@ class _Folder:
     def rewrite(self) -> relax.Function:
         """Give the function without the batch norms that were found."""
         added: dict[relax.Var, relax.Var] = {}
+        factors: dict[relax.Var, relax.Var] = {}
         gone: set[relax.Var] = set()
         for match in self.found.values():
-            bias = self._fold(match)
+            bias, factor = self._fold(match)
             if match.bias is None:
                 added[match.weight] = bias
+            if factor is not None:
+                factors[match.weight] = factor
             gone.update(match.call.args[1:])
         params = list(self._function.params)[: num_inputs(self._function)]
         for var in parameter_vars(self._function):
             if var not in gone:
-                params += [var, added[var]] if var in added else [var]
-        body = self._body(params, added)
+                params += [var, *(new[var] for new in (factors, added) if var in new)]
+        body = self._body(params, added, factors)
         values = [self._values[var.name] for var in params[num_inputs(self._function) :]]
         return with_values(body.with_attrs(dict(self._function.attrs)), values)
 
-    def _fold(self, match: _Match) -> relax.Var:
-        """Change the values of a site's weight and bias; give the bias, a new parameter if it had none."""
-        weight = self._values[match.weight.name].astype(np.float64)
+    def _fold(self, match: _Match) -> tuple[relax.Var, relax.Var | None]:
+        """Change the values of a site's weight and bias.
+
+        Gives the bias, a new parameter if there was none, and the new parameter of factors for a weight that
+        is looked up.
+        """
         gamma, beta, mean, variance = (
             self._values[arg.name].astype(np.float64) for arg in match.call.args[1:]
         )
@@ -125,16 +143,30 @@ class _Folder:
         bias = match.bias
         before = 0.0 if bias is None else self._values[bias.name].astype(np.float64)
         if bias is None:
-            name = f"{site_name(match.weight.name)}.bias"
-            while name in self._values:
-                name += "_folded"
-            bias = relax.Var(name, relax.TensorType(factor.shape, "float32"))
+            bias = self._new_vector(match, "bias", factor.size)
+        self._values[bias.name] = (factor * (before - mean) + beta).astype(np.float32)
+        if match.looked_up:
+            scale = self._new_vector(match, "scale", factor.size)
+            self._values[scale.name] = factor.astype(np.float32)
+            return bias, scale
+        weight = self._values[match.weight.name].astype(np.float64)
         scaled = weight * factor.reshape((-1,) + (1,) * (weight.ndim - 1))
         self._values[match.weight.name] = scaled.astype(np.float32)
-        self._values[bias.name] = (factor * (before - mean) + beta).astype(np.float32)
-        return bias
+        return bias, None
 
-    def _body(self, params: list[relax.Var], added: dict[relax.Var, relax.Var]) -> relax.Function:
+    def _new_vector(self, match: _Match, ending: str, size: int) -> relax.Var:
+        name = f"{site_name(match.weight.name)}.{ending}"
+        while name in self._values:
+            name += "_folded"
+        return relax.Var(name, relax.TensorType((size,), "float32"))
+
+    def _body(
+        self,
+        params: list[relax.Var],
+        added: dict[relax.Var, relax.Var],
+        factors: dict[relax.Var, relax.Var],
+    ) -> relax.Function:
+        scaled = {match.made: factors[match.weight] for match in self.found.values() if match.looked_up}
         norms = {match.norm for match in self.found.values()}
         replaced: dict[relax.Var, relax.Expr] = {}
         builder = relax.BlockBuilder()
@@ -148,6 +180,8 @@ class _Folder:
                         replaced[var] = data if bias is None else builder.emit(relax.op.add(data, bias))
                     elif var not in norms:
                         replaced[var] = builder.emit(substitute(value, replaced), name_hint=var.name)
+                        if var in scaled:
+                            replaced[var] = builder.emit(relax.op.multiply(replaced[var], scaled[var]))
                 result = builder.emit_output(substitute(self._function.body.body, replaced))
             builder.emit_func_output(result)
         module = relax.transform.CanonicalizeBindings()(builder.finalize())

@@ -9,7 +9,14 @@ from tvm_compress.passes.params import parameter_vars
 
 # What can stand between a parameter and the layer that uses it as its weight.
 _WEIGHT_WRAPPERS = frozenset(
-    ("relax.permute_dims", "relax.quantize", "relax.clip", "relax.dequantize", "tvm_compress.binarize")
+    (
+        "relax.permute_dims",
+        "relax.quantize",
+        "relax.clip",
+        "relax.dequantize",
+        "tvm_compress.binarize",
+        "tvm_compress.lookup",
+    )
 )
 
 

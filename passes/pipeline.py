@@ -16,6 +16,7 @@ from tvm.target import Target
 from tvm_compress.errors import ModelError, PolicyError
 from tvm_compress.passes.annotate_quantization import ActivationRanges, AnnotateQuantization
 from tvm_compress.passes.canonicalize import Canonicalize
+from tvm_compress.passes.codebook_weights import CodebookWeights
 from tvm_compress.passes.factorize import Factorize
 from tvm_compress.passes.fold_batch_norm import FoldBatchNorm
 from tvm_compress.passes.graph import bindings, operator
@@ -125,12 +126,14 @@ def compress(
     module = run("prune_channels", PruneChannels(policy, scores), module)
     if any(site.rank is not None for site in policy.sites.values()):
         module = run("factorize", Factorize(policy), module)
+    stored = any(site.codebook_bits for site in policy.sites.values())
     if not quantized:
-        return module
+        return run("codebook_weights", CodebookWeights(policy), module) if stored else module
     ranges = calibration(module) if callable(calibration) else calibration
     assert ranges is not None
     module = run("annotate_quantization", AnnotateQuantization(policy, ranges), module)
-    return run("insert_qdq", InsertQDQ(), module)
+    module = run("insert_qdq", InsertQDQ(), module)
+    return run("codebook_weights", CodebookWeights(policy), module) if stored else module
 
 
 def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> IRModule:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import bitserial, elementwise, fp32, int8, kernel, narrow, ops
+from tvm_compress.schedules import bitserial, codebook, elementwise, fp32, int8, kernel, narrow, ops
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
@@ -85,7 +85,8 @@ def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     module = fold_transposed_weights(module)
     _check_sites(module)
     with target:
-        module = _legalize(module, rules)
+        # Lookups of weights are done by the kernels that expand them: the calls themselves are dead.
+        module = relax.transform.DeadCodeElimination()(_legalize(module, rules))
         module = tvm.ir.transform.Sequential(
             [
                 relax.transform.AnnotateTIROpPattern(),
@@ -143,13 +144,18 @@ def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder,
 
 @mutator
 class _FoldTransposedWeights(PyExprMutator):
-    """Replaces the permute_dims of a constant by the permuted constant."""
+    """Replaces the permute_dims of a constant by the permuted constant; of a matrix from a codebook too."""
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
         if getattr(call.op, "name", "") != "relax.permute_dims":
             return call
         value = call.args[0]
+        looked_up = self.lookup_binding(value) if isinstance(value, relax.Var) else value
+        if codebook.is_lookup(looked_up) and len(value.ty.shape) == 2 and call.attrs.axes is None:
+            indices = np.ascontiguousarray(kernel.constant_array(looked_up.args[0], "indices").T)
+            axis = 1 - int(looked_up.attrs["axis"])
+            return ops.call("lookup", [relax.const(indices), looked_up.args[1]], axis=axis)
         if not isinstance(value, tvm.ir.GenericConst):
             return call
         axes = None if call.attrs.axes is None else [int(axis) for axis in call.attrs.axes]
@@ -171,14 +177,19 @@ def _check_sites(module: tvm.IRModule) -> None:
     for func in module.functions.values():
         if not isinstance(func, relax.Function):
             continue
+        looked_up: set[relax.Var] = set()
         for block in func.body.blocks:
             for binding in block.bindings:
                 if isinstance(binding.value, relax.Call):
-                    _check_call(binding.value)
+                    _check_call(binding.value, looked_up)
+                    if codebook.is_lookup(binding.value):
+                        looked_up.add(binding.var)
 
 
-def _check_call(call: relax.Call) -> None:
+def _check_call(call: relax.Call, looked_up: Set[relax.Var]) -> None:
     name = str(getattr(call.op, "name", ""))
+    if name in _FP32_SITES and call.args[1] in looked_up:
+        return
     if name in _FP32_SITES or name in _INTEGER_SITES:
         kernel.constant_array(call.args[1], f"weights of {name}")
         if name in _INTEGER_SITES and str(call.attrs["scheme"]) not in SCHEMES[1:]:

@@ -11,6 +11,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules import kernel
+from tvm_compress.schedules.codebook import Weights, read_weights
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
 from tvm_compress.schedules.target_rules import TargetRules
 
@@ -87,7 +88,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
             f"fp32 needs layouts NHWC and OIHW, not {attrs.data_layout} and {attrs.kernel_layout}.",
             "Run Canonicalize first.",
         )
-    weight = kernel.constant_array(call.args[1], "weights")
+    weight = read_weights(bb, call.args[1], "weights")
     groups, in_channels = int(attrs.groups), int(call.args[0].ty.shape[3])
     if groups > 1 and groups == in_channels == weight.shape[0]:
         return _legalize_depthwise(bb, call, weight, rules)
@@ -141,7 +142,7 @@ def pack_weights(weight: np.ndarray, block: int) -> np.ndarray:
 
 
 def _legalize_conv(
-    bb: relax.BlockBuilder, call: relax.Call, weight: np.ndarray, rules: TargetRules
+    bb: relax.BlockBuilder, call: relax.Call, weight: Weights, rules: TargetRules
 ) -> relax.Expr:
     info = conv_geometry(call, weight.shape)
     per_group = info["OC"] // info["groups"]
@@ -153,7 +154,12 @@ def _legalize_conv(
         block = _block_within(per_group, rules.fp32_lanes)
     info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
     info |= {"block": block, "tile": [tile.rows, tile.columns], "IC_per_group": weight.shape[1]}
-    packed = relax.const(pack_weights(weight, block))
+    packed = weight.packed(
+        bb,
+        lambda array: pack_weights(array, block),
+        lambda o, *place: o * block + place[-1],
+        _round_up(info["OC"], block),
+    )
     return bb.call_te(
         _conv_compute, call.args[0], packed, info,
         primfunc_name_hint="conv2d_fp32", primfunc_attrs={"op_pattern": 4},
@@ -193,7 +199,7 @@ def crop(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
 
 
 def _legalize_depthwise(
-    bb: relax.BlockBuilder, call: relax.Call, weight: np.ndarray, rules: TargetRules
+    bb: relax.BlockBuilder, call: relax.Call, weight: Weights, rules: TargetRules
 ) -> relax.Expr:
     info = conv_geometry(call, weight.shape)
     block = kernel.vector_factor(info["OC"], 2 * rules.fp32_lanes)
@@ -216,7 +222,9 @@ def _legalize_depthwise(
         )
         return crop(result, (info["N"], info["OH"], info["OW"], info["OC"]))
 
-    packed = relax.const(np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)))
+    packed = weight.packed(
+        bb, lambda array: array[:, 0].transpose(1, 2, 0), lambda *place: place[-1], info["OC"]
+    )
     return bb.call_te(
         compute, call.args[0], packed,
         primfunc_name_hint="depthwise_fp32", primfunc_attrs={"op_pattern": 4},
@@ -224,10 +232,11 @@ def _legalize_depthwise(
 
 
 def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    weight = kernel.constant_array(call.args[1], "weights").T
+    weight = read_weights(bb, call.args[1], "weights")
     shape = [int(extent) for extent in call.args[0].ty.shape]
-    if weight.ndim != 2 or len(shape) != 2:
+    if len(weight.shape) != 2 or len(shape) != 2:
         raise KernelError(f"fp32 dense needs 2-D data and weights, not shapes {shape} and {weight.shape}.")
+    weight = weight.transposed()
     out, inputs = weight.shape
     n = shape[0]
     tile = choose_tile(rules, 1, n, out, inputs)
@@ -250,7 +259,12 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
         )
         return crop(result, (n, out))
 
-    packed = relax.const(pack_weights(weight.reshape(out, inputs, 1, 1), block)[:, 0, 0])
+    packed = weight.packed(
+        bb,
+        lambda array: pack_weights(array.reshape(out, inputs, 1, 1), block)[:, 0, 0],
+        lambda o, _, lane: o * block + lane,
+        _round_up(out, block),
+    )
     return bb.call_te(
         compute, call.args[0], packed, primfunc_name_hint="dense_fp32", primfunc_attrs={"op_pattern": 4}
     )

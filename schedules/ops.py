@@ -20,6 +20,9 @@ requantize(x: int32, multiplier: int32 [C] or [1])
     it kernels may find that 32 bits hold all products. It changes no result.
 binarize(w: float32)
     int8 +1 where w >= 0, else -1 (stands only in QDQ modules, before weights are realised).
+lookup(indices: uint8, codebook: float32 [R, K]) -> float32, the shape of the indices
+    `codebook[r, indices[...]]`, r being the index along `axis`, or 0 where R is 1: the weights of an fp32
+    site that are stored as indices into few values.
 
 `scheme` says which integers a site computes ("int8" or "bitserial"), `activation_bits` and `weight_bits` how
 many bits they need; with weight_bits = 1 the weights are -1 and +1, else two's complement within
@@ -75,6 +78,10 @@ def _infer_cast(dtype: str | None) -> Callable[[relax.Call, relax.BlockBuilder],
     return infer
 
 
+def _infer_lookup(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
+    return relax.TensorType(call.args[0].ty.shape, "float32")
+
+
 # Name -> (number of arguments, how the result's type follows from the call).
 _OPERATORS: dict[str, tuple[int, Callable]] = {
     "quantize": (1, _infer_cast(None)),
@@ -83,6 +90,7 @@ _OPERATORS: dict[str, tuple[int, Callable]] = {
     "dense": (3, _infer_dense),
     "requantize": (2, _infer_cast(None)),
     "binarize": (1, _infer_cast("int8")),
+    "lookup": (2, _infer_lookup),
 }
 
 

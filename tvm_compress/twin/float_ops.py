@@ -229,6 +229,18 @@ def _tuple_item(node: Node, _: BatchNormMode) -> TensorFunction:
     return lambda items: items[index]
 
 
+def _lookup(node: Node, _: BatchNormMode) -> TensorFunction:
+    axis = int(node.attr("axis", 0))
+
+    def lookup(indices: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        if len(codebook) == 1:
+            return codebook[0][indices.long()]
+        rows = indices.movedim(axis, 0)
+        return codebook.gather(1, rows.flatten(1).long()).reshape(rows.shape).movedim(0, axis)
+
+    return lookup
+
+
 def _plain(function: TensorFunction) -> Build:
     return lambda node, mode: function
 
@@ -261,6 +273,7 @@ FLOAT_OPERATORS: dict[str, Build] = {
     "relax.expand_dims": _expand_dims,
     "relax.nn.batch_flatten": _plain(lambda x: x.flatten(1)),
     "relax.astype": _astype,
+    "tvm_compress.lookup": _lookup,
     TUPLE: _plain(lambda *items: items),
     TUPLE_GET_ITEM: _tuple_item,
 }

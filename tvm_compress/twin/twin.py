@@ -34,6 +34,7 @@ _WEIGHT_CHAIN = {
     "relax.clip",
     "relax.dequantize",
     "tvm_compress.binarize",
+    "tvm_compress.lookup",
     FAKE_QUANTIZE,
     FAKE_BINARIZE,
 }
