@@ -36,8 +36,8 @@ from tvm_compress.twin import Twin
 
 CRITERIA = ("l2", "l1", "tolerance")
 # Weight bits that a layer may have, with 8-bit activations and with fewer (bit-serial).
-GRID_BITS = (2, 3, 4, 5, 6, 7, 8)
-BITSERIAL_BITS = (2, 3, 4, 5, 6)
+GRID_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+BITSERIAL_BITS = (1, 2, 3, 4, 5, 6)
 
 Progress = Callable[[int], None]
 
@@ -51,7 +51,7 @@ class EsnSettings:
     width
         Share of each coupled set's channels that is kept, in (0, 1]; 1 quantizes only.
     weight_bits
-        2 to 8, or 32 to prune only. With `allocate`, the mean over the MACs; it need not be whole then.
+        1 to 8, or 32 to prune only. With `allocate`, the mean over the MACs; it need not be whole then.
     activation_bits
         8, or 2 to 6: then sites are bit-serial where the target has such kernels and weights have 6 bits or
         fewer.
@@ -69,6 +69,8 @@ class EsnSettings:
         Of the first epoch; half of it with the quantizers.
     distill
         Whether the dense network teaches the slim one.
+    augment
+        Whether training images are moved by up to two pixels.
     images
         How many training images give statistics and ranges; their labels are used by criterion "tolerance"
         only.
@@ -93,6 +95,7 @@ class EsnSettings:
     quantized_epochs: int = 0
     learning_rate: float = 0.02
     distill: bool = False
+    augment: bool = False
     images: int = 512
     criterion: str = "l2"
     rounding: int = 8
@@ -102,8 +105,8 @@ class EsnSettings:
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
             raise SettingError(f"width is {self.width}, but must be in (0, 1].", "0.5 keeps half.")
-        if self.weight_bits != 32 and not 2 <= self.weight_bits <= 8:
-            raise SettingError(f"weight_bits is {self.weight_bits}, but must be 2 to 8, or 32 to prune only.")
+        if self.weight_bits != 32 and not 1 <= self.weight_bits <= 8:
+            raise SettingError(f"weight_bits is {self.weight_bits}, but must be 1 to 8, or 32 to prune only.")
         if not self.allocate and self.weight_bits != int(self.weight_bits):
             raise SettingError(
                 f"weight_bits is {self.weight_bits}, not a whole number.",
@@ -111,8 +114,8 @@ class EsnSettings:
             )
         if self.activation_bits != 8 and not 2 <= self.activation_bits <= 6:
             raise SettingError(f"activation_bits is {self.activation_bits}, but must be 8 or 2 to 6.")
-        if self.edge_bits != 0 and not 2 <= self.edge_bits <= 8:
-            raise SettingError(f"edge_bits is {self.edge_bits}, but must be 0 or 2 to 8.")
+        if not 0 <= self.edge_bits <= 8:
+            raise SettingError(f"edge_bits is {self.edge_bits}, but must be 0 to 8.")
         if self.criterion not in CRITERIA:
             raise SettingError(
                 f"Criterion {self.criterion!r} is unknown.", f"Known are: {', '.join(CRITERIA)}."
@@ -201,6 +204,7 @@ def prune(
             settings.learning_rate,
             settings.seed,
             teacher=Twin(module) if settings.distill else None,
+            augment=settings.augment,
             progress=_counting(progress, 0),
             observer=recorder,
         )
@@ -339,8 +343,9 @@ def _on_grid(
         weight = params[site.weight]
         scale = weight_scale(weight, wanted)
         bound = (scale * weight_limit(wanted)).reshape(-1, *[1] * (weight.ndim - 1))
+        signs = np.where(weight >= 0, bound, -bound)
         changed[f"{site.name}.weight_scale"] = scale
-        changed[site.weight] = np.clip(weight, -bound, bound).astype(np.float32)
+        changed[site.weight] = signs if wanted == 1 else np.clip(weight, -bound, bound).astype(np.float32)
     return set_params(module, changed) if changed else module
 
 

@@ -95,5 +95,8 @@ def signal_bits(site: Site, wanted: SitePolicy, params: Mapping[str, np.ndarray]
     if wanted.scheme != "int8" or scale is None:
         return wanted.weight_bits
     column = scale.reshape(-1, *[1] * (len(site.weight_shape) - 1))
-    largest = float(np.rint(np.abs(params[site.weight]) / column).max())
+    integers = np.rint(np.abs(params[site.weight]) / column)
+    largest = float(integers.max())
+    if largest == integers.min() == 1:
+        return 1
     return next((bits for bits in range(2, 8) if largest <= weight_limit(bits)), 8)
