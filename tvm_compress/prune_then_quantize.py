@@ -10,6 +10,7 @@ activations weights of fewer bits are computed by the INT8 kernels: their intege
 the same.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,7 +154,11 @@ class Slim:
 
 
 def prune_then_quantize(
-    module: tvm.IRModule, split: Split, settings: EsnSettings, progress: Progress | None = None
+    module: tvm.IRModule,
+    split: Split,
+    settings: EsnSettings,
+    progress: Progress | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> MethodResult:
     """Prune a float module, fine-tune it, quantize it; the test part is never touched.
 
@@ -161,12 +166,14 @@ def prune_then_quantize(
     ----------
     progress
         Called with the number of epochs done, of both fine-tunings together.
+    record
+        File that the signal norm of the fine-tuning is saved to after each epoch (an `EsnRecord`).
 
     Returns
     -------
     MethodResult
-        Stage qdq (float with 32 weight bits). `summary`: kept width, bits by site, ESN_a, ESN_d and ESN'_d
-        before and after, and the record of the training.
+        Stage qdq (float with 32 weight bits). `summary`: the signal norms before and after, the bits by site,
+        and the signal norm in training.
 
     Raises
     ------
@@ -175,12 +182,18 @@ def prune_then_quantize(
     SettingError, DataError
         Where settings and record do not fit the module.
     """
-    slim = prune(module, split, settings, progress)
-    return quantize(slim, split.train, settings, metrics(module), progress)
+    slim = prune(module, split, settings, progress, record)
+    result = quantize(slim, split.train, settings, progress)
+    before = {f"dense_{name}": value for name, value in _norms(metrics(module)).items()}
+    return replace(result, summary={**before, **result.summary})
 
 
 def prune(
-    module: tvm.IRModule, split: Split, settings: EsnSettings, progress: Progress | None = None
+    module: tvm.IRModule,
+    split: Split,
+    settings: EsnSettings,
+    progress: Progress | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> Slim:
     """First half: remove channels and fine-tune in float."""
     if get_stage(module) != "float":
@@ -195,7 +208,7 @@ def prune(
     compressor = Compressor(module, some.normalized(), scores)
     policy = compressor.resolve(_width_policy(module, settings))
     pruned = compressor.prune(policy)
-    recorder = EsnRecorder({site.name: site.weight for site in find_sites(pruned)})
+    recorder = EsnRecorder({site.name: site.weight for site in find_sites(pruned)}, record)
     if settings.epochs:
         pruned = finetune(
             pruned,
@@ -215,18 +228,12 @@ def quantize(
     slim: Slim,
     train: Dataset,
     settings: EsnSettings,
-    before: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> MethodResult:
-    """Second half: quantize with a step for each filter and re-estimate the batch norms' statistics.
-
-    `before` are the dense network's metrics, for the summary.
-    """
-    summary: dict[str, Any] = {"width": settings.width, "training_esn": _plain(slim.record)}
-    if before is not None:
-        summary["dense"] = dict(before)
+    """Second half: quantize with a step for each filter and re-estimate the batch norms' statistics."""
+    training = {"training_esn": _plain(slim.record)}
     if settings.weight_bits == 32:
-        return MethodResult(slim.module, slim.policy, summary | {"esn": metrics(slim.module, slim.policy)})
+        return MethodResult(slim.module, slim.policy, _norms(metrics(slim.module)) | training)
     sites = find_sites(slim.module)
     bits = _bits(sites, slim, settings)
     policy = _bits_policy(slim, sites, bits, settings)
@@ -246,8 +253,12 @@ def quantize(
     twin = Twin(module)
     twin.reestimate_batch_norm(x)
     module = twin.to_module()
-    costs = metrics(module, quantization_part(policy))
-    return MethodResult(module, policy, summary | {"weight_bits": bits, "esn": costs})
+    norms = _norms(metrics(module, quantization_part(policy)))
+    return MethodResult(module, policy, norms | {"bits_by_site": bits} | training)
+
+
+def _norms(costs: Mapping[str, float]) -> dict[str, Any]:
+    return {name: costs[name] for name in ("esn_a", "esn_d", "esn_d_filters")}
 
 
 def _images(train: Dataset, settings: EsnSettings) -> Dataset:

@@ -113,10 +113,10 @@ class Bench:
         model, summary = self.quantized(slim, width=width, record=record, **bits)
         test = self.split.test
         accuracy = Twin(model.module).accuracy(test.normalized(), test.y)
-        costs = {key: summary["esn"][key] for key in ("esn_a", "esn_d", "esn_d_filters", "macs", "bops")}
+        costs = {key: summary[key] for key in ("esn_a", "esn_d", "esn_d_filters")}
         result = {"series": series, "width": width, **bits, "accuracy": accuracy, **costs}
-        if "weight_bits" in summary:
-            result["bits_by_site"] = summary["weight_bits"]
+        if "bits_by_site" in summary:
+            result["bits_by_site"] = summary["bits_by_site"]
         return self.keep(name, result)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tvm_compress.cli.load import epoch_lines, model_and_data
+from tvm_compress.cli.methods import run_esn
 from tvm_compress.cli.options import (
     DataOption,
     DebugOption,
@@ -19,15 +20,25 @@ from tvm_compress.cli.options import (
     TargetOption,
 )
 from tvm_compress.cli.output import print_json, print_lines
-from tvm_compress.compression import compile_model, compress_model, model_policy, twin_logits, uniform_policy
+from tvm_compress.compression import (
+    compile_model,
+    compress_model,
+    compressed_model,
+    model_policy,
+    twin_logits,
+    uniform_policy,
+)
 from tvm_compress.data.dataset import Split
 from tvm_compress.errors import SettingError
+from tvm_compress.method import MethodResult
 from tvm_compress.metrics.cost import metrics
+from tvm_compress.metrics.esn_training import EsnRecord
 from tvm_compress.model import Model, load_model
 from tvm_compress.passes.policy import CompressionPolicy
+from tvm_compress.prune_then_quantize import EsnSettings
 
 # What may decide how a model is compressed; "policy" is a given or a uniform one.
-METHODS = ("policy",)
+METHODS = ("policy", "esn")
 
 
 def compress(
@@ -48,17 +59,47 @@ def compress(
     pruning_ratio: Annotated[
         float, typer.Option(help="Share of the channels to remove, without --policy.")
     ] = 0.0,
-    weight_bits: Annotated[int, typer.Option(help="32, 8, or 1 to 6, without --policy.")] = 32,
-    activation_bits: Annotated[int, typer.Option(help="32, 8, or 1 to 6, without --policy.")] = 32,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 4.")
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 8.")
+    ] = None,
     rounding: Annotated[
         int, typer.Option(help="Kept channels are rounded up to a multiple: 1, 8 or 32.")
     ] = 8,
     criterion: Annotated[
-        str, typer.Option(help="tolerance, l1 or l2: which channels go first.")
-    ] = "tolerance",
+        str | None,
+        typer.Option(help="tolerance, l1 or l2: which channels go first. Default tolerance; esn: l2."),
+    ] = None,
     target: TargetOption = "host",
-    finetune_epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning afterwards.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 0.01,
+    finetune_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of fine-tuning afterwards. Default 0; esn: 4.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the fine-tuning. Default 0.01; esn: 0.02.")
+    ] = None,
+    width: Annotated[
+        float, typer.Option(help="Share of the channels to keep.", rich_help_panel="esn")
+    ] = EsnSettings.width,
+    mean_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean weight bits, given out by layer from the signal norm in training.",
+            rich_help_panel="esn",
+        ),
+    ] = None,
+    esn_record: Annotated[
+        Path | None,
+        typer.Option(help="Recorded training that --mean-bits follows.", rich_help_panel="esn"),
+    ] = None,
+    save_esn: Annotated[
+        Path | None,
+        typer.Option(help="File for the signal norm of the fine-tuning.", rich_help_panel="esn"),
+    ] = None,
+    quantized_epochs: Annotated[
+        int, typer.Option(help="Epochs of fine-tuning after quantization.", rich_help_panel="esn")
+    ] = EsnSettings.quantized_epochs,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -66,7 +107,32 @@ def compress(
     """Apply a compression policy to a model without searching."""
     if method not in METHODS:
         raise SettingError(f"--method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}.")
+    if policy is not None and method != "policy":
+        raise SettingError(f"--policy says what is done; --method {method} decides it.", "Leave one out.")
     dense, split = model_and_data(model, data, split_seed, layout, mean, std)
+    if method == "esn":
+        result = run_esn(
+            dense,
+            split,
+            {
+                "width": width,
+                "weight_bits": weight_bits if mean_bits is None else mean_bits,
+                "allocate": mean_bits is not None,
+                "record": None if esn_record is None else EsnRecord.load(esn_record),
+                "activation_bits": activation_bits,
+                "criterion": criterion,
+                "rounding": rounding,
+                "target": target,
+                "epochs": finetune_epochs,
+                "quantized_epochs": quantized_epochs,
+                "learning_rate": learning_rate,
+                "seed": seed,
+            },
+            save_esn,
+            as_json,
+        )
+        _finish_method(dense, result, split, output, target, as_json)
+        return
     chosen = (
         CompressionPolicy.load(policy)
         if policy
@@ -74,23 +140,31 @@ def compress(
             dense,
             target=target,
             pruning_ratio=pruning_ratio,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
+            weight_bits=32 if weight_bits is None else weight_bits,
+            activation_bits=32 if activation_bits is None else activation_bits,
             rounding=rounding,
-            criterion=criterion,
+            criterion=criterion or "tolerance",
             seed=seed,
         )
     )
+    epochs = finetune_epochs or 0
     compressed = compress_model(
         dense,
         chosen,
         split,
-        finetune_epochs=finetune_epochs,
-        learning_rate=learning_rate,
+        finetune_epochs=epochs,
+        learning_rate=0.01 if learning_rate is None else learning_rate,
         seed=seed,
-        progress=epoch_lines(as_json, finetune_epochs),
+        progress=epoch_lines(as_json, epochs),
     )
     _finish(compressed, split, output, target, {}, as_json)
+
+
+def _finish_method(
+    dense: Model, result: MethodResult, split: Split, output: Path, target: str, as_json: bool
+) -> None:
+    compressed = compressed_model(dense, result.policy, result.module)
+    _finish(compressed, split, output, target, result.summary, as_json)
 
 
 def _finish(
@@ -110,12 +184,16 @@ def _finish(
     else:
         print_lines(
             [
-                *(f"{key.replace('_', ' ')}: {value}" for key, value in summary.items()),
+                *(f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if _is_short(value)),
                 f"compressed model: {output}",
                 f"validation accuracy: {100 * right.mean():.2f} % ({len(right)} images, twin)",
                 f"next: tvm-compress compile {output} --target {target} -o ARTIFACT",
             ]
         )
+
+
+def _is_short(value: object) -> bool:
+    return value is None or isinstance(value, int | float | str)
 
 
 def compile_artifact(

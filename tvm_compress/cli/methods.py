@@ -1,0 +1,29 @@
+"""The methods of `tvm-compress compress --method`, from options to results."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tvm_compress.cli.load import epoch_lines
+from tvm_compress.data.dataset import Split
+from tvm_compress.errors import SettingError
+from tvm_compress.method import MethodResult
+from tvm_compress.model import Model
+from tvm_compress.prune_then_quantize import EsnSettings, prune_then_quantize
+
+
+def run_esn(
+    dense: Model, split: Split, options: Mapping[str, Any], save_record: Path | None, quiet: bool
+) -> MethodResult:
+    """Prune-then-quantize; options that are None keep their defaults.
+
+    Raises
+    ------
+    SettingError
+        If there is a record, but no mean of the bits that it could give out.
+    """
+    if options["record"] is not None and not options["allocate"]:
+        raise SettingError("--esn-record gives out bits by layer.", "Say how many with --mean-bits.")
+    settings = EsnSettings(**{name: value for name, value in options.items() if value is not None})
+    progress = epoch_lines(quiet, settings.epochs + settings.quantized_epochs)
+    return prune_then_quantize(dense.module, split, settings, progress, save_record)
