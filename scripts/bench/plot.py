@@ -14,8 +14,11 @@ FIGURES = ROOT / "docs" / "figures"
 PICTURES = ("accuracy_latency", "policy", "rewards", "sensitivity")
 
 
-def table(name: str) -> str:
-    """Markdown table of a benchmark's figures, with the machine and how to take them again."""
+def table(name: str, figures: str = "docs/figures") -> str:
+    """Markdown table of a benchmark's figures, with the machine and how to take them again.
+
+    `figures` is the folder of figures as seen from the document.
+    """
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     lines = ["| figure | measured | goal | met |", "| --- | --- | --- | --- |"]
@@ -26,26 +29,32 @@ def table(name: str) -> str:
             f"{figure['comparison']} {figure['goal']:g} | {'yes' if figure['met'] else 'no'} |"
         )
     machine = result["machine"]
-    command = f"python scripts/bench/{name}.py --seeds {result['settings']['seeds']}"
+    seeds = result["settings"].get("seeds")
+    command = f"python scripts/bench/{name}.py" + (f" --seeds {seeds}" if seeds else "")
     where = f"{machine['processor']} ({machine['cores']} cores, shared with other work), one thread"
-    raw = f"[docs/figures/{name}.json](docs/figures/{name}.json)"
-    lines += [
-        "",
-        f"Measured by `{command}` on {where}; {versions}. The worst of the seeds counts; "
-        f"the raw values stand in {raw}.",
-    ]
+    raw = f"[docs/figures/{name}.json]({figures}/{name}.json)"
+    worst = "The worst of the seeds counts; the" if seeds else "The"
+    lines += ["", f"Measured by `{command}` on {where}; {versions}. {worst} raw values stand in {raw}."]
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Fill the README's marked places and copy pictures."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def fill(document: Path) -> None:
+    """Fill a document's marked places: `<!-- figures:NAME -->` to `<!-- end -->`."""
+    text = document.read_text(encoding="utf-8")
+    figures = FIGURES.relative_to(document.parent).as_posix()
     for name in re.findall(r"<!-- figures:(\w+) -->", text):
+        if not (FIGURES / f"{name}.json").is_file():
+            continue
         pattern = rf"<!-- figures:{name} -->.*?<!-- end -->"
-        filled = f"<!-- figures:{name} -->\n{table(name)}\n<!-- end -->"
+        filled = f"<!-- figures:{name} -->\n{table(name, figures)}\n<!-- end -->"
         text = re.sub(pattern, lambda _, filled=filled: filled, text, count=1, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    document.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Fill the marked places of the README and of docs/*.md, and copy pictures."""
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        fill(document)
     if len(sys.argv) > 1:
         for name in PICTURES:
             shutil.copy(Path(sys.argv[1]) / "figures" / f"{name}.png", FIGURES / f"demo-{name}.png")
