@@ -174,6 +174,13 @@ class Ternary(_PerRow):
         return result
 
 
+def row_and_column_factors(importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Square roots of a factor per row and one per column, with the marginals of a matrix of importances."""
+    mean = float(importance.mean()) or 1.0
+    rows, columns = (np.maximum(importance.mean(axis=axis), 1e-12 * mean) for axis in (1, 0))
+    return np.sqrt(rows), np.sqrt(columns / mean)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """Matrices of a given rank (see `passes.factorize` for how a convolution becomes one).
@@ -190,8 +197,7 @@ class LowRank:
         matrix = as_matrix(weights, self.factorization)
         if importance is None:
             return from_matrix(truncate(matrix, self.rank), weights.shape, self.factorization)
-        h = as_matrix(importance, self.factorization)
-        rows, columns = (np.sqrt(np.maximum(h.mean(axis=axis), 1e-12 * h.mean())) for axis in (1, 0))
+        rows, columns = row_and_column_factors(as_matrix(importance, self.factorization))
         scaled = truncate(rows[:, None] * matrix * columns, self.rank)
         return from_matrix(scaled / rows[:, None] / columns, weights.shape, self.factorization)
 

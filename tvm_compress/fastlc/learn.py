@@ -88,15 +88,21 @@ def learn(
     best = compress(model.weights, None)
     direct_loss = loss = model.loss(best)
     compressed = best
-    scale = float(np.sqrt(np.sum(penalty * model.weights**2))) or 1.0
+    scale = _norm(model.weights, penalty) or 1.0
     steps = 0
     for mu in schedule.values():
         learned = model.learn(compressed, mu, penalty)
-        compressed = compress(learned, importance)
+        before, compressed = compressed, compress(learned, importance)
         steps += 1
         found = model.loss(compressed)
         if found < loss:
             best, loss = compressed, found
-        if float(np.sqrt(np.sum(penalty * (learned - compressed) ** 2))) <= tolerance * scale:
+        # In the curvature's norm the L steps move along the line to Δ, whose projection stays Δ.
+        still = metric == "curvature" and _norm(before - compressed, penalty) <= tolerance * scale
+        if still or _norm(learned - compressed, penalty) <= tolerance * scale:
             break
     return Learned(best, loss, direct_loss, steps)
+
+
+def _norm(values: np.ndarray, penalty: np.ndarray) -> float:
+    return float(np.sqrt(np.sum(penalty * values**2)))
