@@ -4,6 +4,8 @@ import pytest
 from tests.tvm_compress.twin_networks import random_resnet8, resnet8_module
 from tvm_compress.metrics import esn, metrics
 from tvm_compress.metrics.esn import esn_a, esn_d, filter_steps, mid_rise
+from tvm_compress.passes.codebook_weights import CodebookWeights
+from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 
@@ -31,6 +33,17 @@ def test_a_float_module(module):
     assert result["bops"] == MACS * 32 * 32
     assert result["parameter_bytes"] == 4 * (WEIGHTS + CHANNELS)
     assert result["esn_a"] > 0
+
+
+def test_indices_into_codebooks(module):
+    """They are counted as stored; the signal norm sees the numbers that they stand for."""
+    params = get_params(module)
+    thirds = set_params(module, {"fc.weight": np.sign(params["fc.weight"]) * np.float32(0.3)})
+    policy = CompressionPolicy({"fc": SitePolicy(codebook_bits=1)})
+    before, after = metrics(thirds), metrics(CodebookWeights(policy)(thirds), policy)
+    assert before["parameter_bytes"] - after["parameter_bytes"] == 640 * 4 - 640 // 8 - 2 * 4
+    assert after["esn_a"] == before["esn_a"]
+    assert after["macs"] == MACS
 
 
 def test_quantized_modules(module):

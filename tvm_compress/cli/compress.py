@@ -6,16 +6,35 @@ from typing import Annotated, Any
 import typer
 
 from tvm_compress.cli.load import epoch_lines, model_and_data
-from tvm_compress.cli.methods import run_esn
+from tvm_compress.cli.methods import run_esn, run_fastlc
 from tvm_compress.cli.options import (
+    CodebookBitsOption,
+    CurvatureOption,
+    DampingOption,
     DataOption,
     DebugOption,
+    DrawsOption,
+    FactorizationOption,
+    GradientOption,
+    GranularityOption,
+    GroupOption,
+    ImagesOption,
     JsonOption,
+    KeepOption,
     LayoutOption,
     MeanOption,
+    MetricOption,
     ModelArgument,
+    RankOption,
+    RatioOption,
+    SaveCurvatureOption,
+    ScaledOption,
+    SchemeOption,
+    ScopeOption,
     SeedOption,
+    SparseShareOption,
     SplitSeedOption,
+    StatisticsOption,
     StdOption,
     TargetOption,
 )
@@ -38,7 +57,7 @@ from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.prune_then_quantize import EsnSettings
 
 # What may decide how a model is compressed; "policy" is a given or a uniform one.
-METHODS = ("policy", "esn")
+METHODS = ("policy", "fastlc", "esn")
 
 
 def compress(
@@ -100,6 +119,25 @@ def compress(
     quantized_epochs: Annotated[
         int, typer.Option(help="Epochs of fine-tuning after quantization.", rich_help_panel="esn")
     ] = EsnSettings.quantized_epochs,
+    scheme: SchemeOption = None,
+    bits: CodebookBitsOption = None,
+    ratio: RatioOption = None,
+    rank: RankOption = None,
+    factorization: FactorizationOption = None,
+    sparse_share: SparseShareOption = None,
+    scope: ScopeOption = None,
+    group: GroupOption = None,
+    granularity: GranularityOption = None,
+    scaled: ScaledOption = None,
+    metric: MetricOption = None,
+    damping: DampingOption = None,
+    gradient: GradientOption = None,
+    keep: KeepOption = None,
+    reestimate_batch_norm: StatisticsOption = False,
+    images: ImagesOption = None,
+    draws: DrawsOption = None,
+    curvature: CurvatureOption = None,
+    save_curvature: SaveCurvatureOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -109,6 +147,43 @@ def compress(
         raise SettingError(f"--method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}.")
     if policy is not None and method != "policy":
         raise SettingError(f"--policy says what is done; --method {method} decides it.", "Leave one out.")
+    if method == "fastlc":
+        needs_data = curvature is None or reestimate_batch_norm
+        split_or_none: Split | None = None
+        if needs_data:
+            dense, split_or_none = model_and_data(model, data, split_seed, layout, mean, std)
+        else:
+            dense = load_model(model)
+        result = run_fastlc(
+            dense,
+            split_or_none,
+            {
+                "scheme": scheme,
+                "bits": bits,
+                "ratio": ratio,
+                "rank": rank,
+                "factorization": factorization,
+                "sparse_share": sparse_share,
+                "scope": scope,
+                "group": group,
+                "granularity": granularity,
+                "scaled": scaled,
+                "metric": metric,
+                "damping": damping,
+                "use_gradient": gradient,
+                "keep": None if keep is None else tuple(keep),
+                "reestimate_batch_norm": reestimate_batch_norm,
+                "images": images,
+                "draws": draws,
+                "target": target,
+                "seed": seed,
+            },
+            curvature,
+            save_curvature,
+            as_json,
+        )
+        _finish_method(dense, result, split_or_none, output, target, as_json)
+        return
     dense, split = model_and_data(model, data, split_seed, layout, mean, std)
     if method == "esn":
         result = run_esn(
@@ -161,21 +236,25 @@ def compress(
 
 
 def _finish_method(
-    dense: Model, result: MethodResult, split: Split, output: Path, target: str, as_json: bool
+    dense: Model, result: MethodResult, split: Split | None, output: Path, target: str, as_json: bool
 ) -> None:
     compressed = compressed_model(dense, result.policy, result.module)
     _finish(compressed, split, output, target, result.summary, as_json)
 
 
 def _finish(
-    compressed: Model, split: Split, output: Path, target: str, summary: dict[str, Any], as_json: bool
+    compressed: Model, split: Split | None, output: Path, target: str, summary: dict[str, Any], as_json: bool
 ) -> None:
-    """Save the model that a method made, and tell what it is worth."""
+    """Save the model that a method made, and tell what it is worth; its accuracy with data only."""
     compressed.save(output)
-    right = twin_logits(compressed, split.validation).argmax(axis=1) == split.validation.y
+    accuracy, told = None, "validation accuracy: not measured, no data was given"
+    if split is not None:
+        right = twin_logits(compressed, split.validation).argmax(axis=1) == split.validation.y
+        accuracy = float(right.mean())
+        told = f"validation accuracy: {100 * accuracy:.2f} % ({len(right)} images, twin)"
     result = {
         "model": str(output),
-        "validation_accuracy": float(right.mean()),
+        "validation_accuracy": accuracy,
         "metrics": metrics(compressed.module, model_policy(compressed)),
         **summary,
     }
@@ -186,7 +265,7 @@ def _finish(
             [
                 *(f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if _is_short(value)),
                 f"compressed model: {output}",
-                f"validation accuracy: {100 * right.mean():.2f} % ({len(right)} images, twin)",
+                told,
                 f"next: tvm-compress compile {output} --target {target} -o ARTIFACT",
             ]
         )

@@ -61,6 +61,16 @@ def study_path(name: str, folder: Path) -> Path:
     return Path(name) if "/" in name else folder / name
 
 
+def part_lines(quiet: bool) -> Callable[[str, int, int], None]:
+    """Progress callback of a method: what is done and how far, on one line, if somebody looks."""
+
+    def show(what: str, done: int, total: int) -> None:
+        if not quiet and sys.stderr.isatty():
+            sys.stderr.write(f"\r{what}: {done} of {total}   " + ("\n" if done == total else ""))
+
+    return show
+
+
 def epoch_lines(quiet: bool, epochs: int) -> Callable[[int], None]:
     """Progress callback of a fine-tuning: one line per epoch on standard error, if somebody looks."""
 

@@ -4,12 +4,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tvm_compress.cli.load import epoch_lines
+from tvm_compress.cli.load import epoch_lines, part_lines
 from tvm_compress.data.dataset import Split
 from tvm_compress.errors import SettingError
+from tvm_compress.fastlc.compress import fast_lc
+from tvm_compress.fastlc.settings import SCHEMES, FastLcSettings
 from tvm_compress.method import MethodResult
 from tvm_compress.model import Model
 from tvm_compress.prune_then_quantize import EsnSettings, prune_then_quantize
+
+
+def run_fastlc(
+    dense: Model,
+    split: Split | None,
+    options: Mapping[str, Any],
+    curvature: Path | None,
+    save_curvature: Path | None,
+    quiet: bool,
+) -> MethodResult:
+    """Fast LC; options that are None keep their defaults.
+
+    Raises
+    ------
+    SettingError
+        If no scheme is named.
+    """
+    if options["scheme"] is None:
+        raise SettingError("--method fastlc needs --scheme.", f"Known are: {', '.join(SCHEMES)}.")
+    settings = FastLcSettings(**{name: value for name, value in options.items() if value is not None})
+    return fast_lc(dense.module, split, settings, curvature, part_lines(quiet), save_curvature)
 
 
 def run_esn(

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tvm_compress.fastlc.settings import SCHEMES
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="x.pt2, x.onnx, a saved Model directory, or sample:NAME.")
 ]
@@ -31,3 +33,69 @@ TargetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+GroupOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights that go together: element, simd-N, filter or block-MxN.", rich_help_panel="fastlc"
+    ),
+]
+SchemeOption = Annotated[
+    str | None, typer.Option(help="One of: " + ", ".join(SCHEMES) + ".", rich_help_panel="fastlc")
+]
+CodebookBitsOption = Annotated[
+    int | None, typer.Option("--bits", help="Of kmeans and fixed. Default 4.", rich_help_panel="fastlc")
+]
+RatioOption = Annotated[
+    float | None,
+    typer.Option(help="So many times fewer weights (prune, low-rank). Default 4.", rich_help_panel="fastlc"),
+]
+RankOption = Annotated[
+    int | None, typer.Option(help="One rank for all sites, in place of --ratio.", rich_help_panel="fastlc")
+]
+FactorizationOption = Annotated[
+    str | None, typer.Option(help="channel or spatial split of low rank.", rich_help_panel="fastlc")
+]
+SparseShareOption = Annotated[
+    float | None, typer.Option(help="Sparse share of low-rank+sparse.", rich_help_panel="fastlc")
+]
+ScopeOption = Annotated[
+    str | None, typer.Option(help="Prune over the network, or in each layer.", rich_help_panel="fastlc")
+]
+GranularityOption = Annotated[
+    str | None, typer.Option(help="A codebook per tensor or per channel.", rich_help_panel="fastlc")
+]
+ScaledOption = Annotated[
+    bool | None, typer.Option(help="Binary weights -a and +a, or -1 and +1.", rich_help_panel="fastlc")
+]
+MetricOption = Annotated[
+    str | None, typer.Option(help="Norm of the compression steps: curvature or l2.", rich_help_panel="fastlc")
+]
+DampingOption = Annotated[
+    float | None, typer.Option(help="Share of the mean curvature added to it.", rich_help_panel="fastlc")
+]
+GradientOption = Annotated[
+    bool | None, typer.Option(help="Whether the loss's gradient is followed.", rich_help_panel="fastlc")
+]
+KeepOption = Annotated[
+    list[str] | None, typer.Option(help="A site that stays as it is; repeatable.", rich_help_panel="fastlc")
+]
+StatisticsOption = Annotated[
+    bool,
+    typer.Option(
+        "--reestimate-batch-norm", help="Take batch-norm statistics again (data).", rich_help_panel="fastlc"
+    ),
+]
+ImagesOption = Annotated[
+    int | None, typer.Option(help="Training images for the curvature.", rich_help_panel="fastlc")
+]
+DrawsOption = Annotated[
+    int | None, typer.Option(help="Labels drawn per image; 0 is exact.", rich_help_panel="fastlc")
+]
+CurvatureOption = Annotated[
+    Path | None,
+    typer.Option(help="Saved curvature of this model: then no data are needed.", rich_help_panel="fastlc"),
+]
+SaveCurvatureOption = Annotated[
+    Path | None, typer.Option(help="File for the curvature that was computed.", rich_help_panel="fastlc")
+]

@@ -6,10 +6,12 @@ import numpy as np
 import tvm
 
 from tvm_compress.metrics.esn import esn, esn_d_filters, filter_steps, mid_rise
+from tvm_compress.passes.codebook_weights import site_weights
 from tvm_compress.passes.params import get_params
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.quantization import weight_limit
 from tvm_compress.passes.sites import Site, find_sites
+from tvm_compress.schedules.codebook import stored_bits
 
 # By how many bits float32 weights are counted in the effective signal norm, which knows integers only: those
 # of the quantizer that costs no accuracy.
@@ -31,13 +33,15 @@ def parameter_bytes(sites: Sequence[Site], policy: CompressionPolicy, others: in
 
     A site stores its weights, packed (the bytes of a site rounded up), and a 4-byte bias per output channel,
     which batch norm and bias are folded into; a quantized site stores 4 bytes of scale per output channel
-    more. `others` is the number of further float32 values.
+    more. Indices into a codebook are stored in 1, 2, 4 or 8 bits. `others` is the number of further float32
+    values.
     """
     total = 4 * others
     for site in sites:
         wanted = policy[site.name]
         values = int(np.prod(site.weight_shape))
-        total += -(-values * wanted.weight_bits // 8)
+        bits = stored_bits(2**wanted.codebook_bits) if wanted.codebook_bits else wanted.weight_bits
+        total += -(-values * bits // 8)
         total += site.out_channels * (8 if wanted.quantized else 4)
     return total
 
@@ -64,7 +68,7 @@ def metrics(
     sites = list(find_sites(module) if sites is None else sites)
     policy = policy or CompressionPolicy()
     params = get_params(module)
-    weights = {site.name: params[site.weight] for site in sites}
+    weights = {site.name: site_weights(module, site) for site in sites}
     bits = {s.name: signal_bits(s, policy[s.name], params) for s in sites}
     own = {site.weight for site in sites}
     # 1-D and scalar parameters are batch norms, biases and scales: counted with the sites.
