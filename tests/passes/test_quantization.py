@@ -190,6 +190,7 @@ def test_requantize_is_exact(x, m, shift, zero_point):
     output=st.one_of(st.none(), st.floats(-20, 5)),
 )
 @example(7, 1, -3.0, 20.0, 0.0)  # fraction bits beside channels of coarser scale
+@example(2389196, 1, 0.0, 0.0, None)  # a dead channel of 1-bit weights
 def test_folded_layer_is_the_affine_map(seed, bits, scale, shift, output):
     """Within an eighth of an 8-bit step of the reals, whatever the batch norm: negative, dead or huge."""
     rng = np.random.default_rng(seed)
@@ -216,7 +217,7 @@ def test_folded_layer_is_the_affine_map(seed, bits, scale, shift, output):
     half_bias = layer.scale / 2
     assert (np.abs(sums * layer.scale - real) <= step / 8 + half_bias + 1e-30).all()
     if output_scale is not None and layer.fraction_bits > 0:
-        # Channels whose shift fits keep their scale, refined by the fraction bits; the others got a coarser one.
+        # Channels whose shift fits keep their scale, refined by the fraction bits; others got a coarser one.
         products = scales * np.abs(factor)
         refined = layer.scale * 2.0**layer.fraction_bits <= products * (1 + 1e-9)
         assert (half_bias[refined] <= products[refined] / 4 * (1 + 1e-9)).all()
