@@ -7,8 +7,8 @@ import numpy as np
 from tvm_compress.errors import KernelError
 from tvm_compress.passes.quantization import DEAD_SCALE, INT32_MAX, weight_limit
 
-# A bias may be this many times the largest sum of products before the channel gets a coarser scale. What is left
-# of 1-bit weights in such a channel, which cannot be rounded to 0, is then below an eighth of an 8-bit step.
+# A bias may be this many times the largest sum of products before the channel gets a coarser scale. What is
+# left of 1-bit weights there, which cannot be rounded to 0, is then below an eighth of an 8-bit step.
 _BIAS_TO_SUM = 2**11
 
 # ... but biases up to here are always fine: their requantization error is far below one step.
