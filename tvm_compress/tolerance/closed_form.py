@@ -58,7 +58,7 @@ def logarithmic(gradients: np.ndarray, budget: float, bound: np.ndarray | float 
     share = _share(slopes, upper, budget)
     tolerances = np.empty_like(slopes)
     for part in parts(slopes.size):
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             free = share / slopes[part].astype(np.float64)
         tolerances[part] = np.where(slopes[part] > 0, np.minimum(upper[part], free), upper[part])
     return tolerances.reshape(np.shape(gradients))

@@ -1,0 +1,243 @@
+"""TOCO's outer loop: tolerances, compression, evaluation, again, while the loss stays within its bound.
+
+Source: TOCO, Algorithm 1. What differs from the paper:
+
+- The loop ends as soon as one of its three conditions fails. Erratum: the paper joins them with "or", its
+  text says that each of them ends the loop.
+- The budget is the room below the loss bound times a gain. The sum of |g| τ bounds the loss for the worst
+  signs of all moves; real moves cancel. An accepted iteration that used less than half of the room quadruples
+  the gain, a rejected one halves it (never below 1, the paper's value). The loss is evaluated in any case.
+- The loss bound also rises after `PATIENCE` iterations in a row that were rejected: where groups are large,
+  the loss may jump past it instead of coming close. It rises to its last value exactly, and no further.
+- |g| is the root mean square over a few batches (one batch, as in the paper, by `batches=1`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tvm_compress.errors import DataError, ModelError
+from tvm_compress.tolerance.closed_form import logarithmic
+from tvm_compress.tolerance.committee import Committee
+from tvm_compress.tolerance.compression_models import Compressed, CompressionModel, Values
+from tvm_compress.tolerance.importance import Importance
+from tvm_compress.tolerance.settings import TocoSettings
+from tvm_compress.twin import Twin
+
+# ε as a share of the step from one loss bound to the next.
+CLOSE = 0.1
+# The trust radius ends the loop at this share of its first value.
+LEAST_RADIUS = 1e-3
+# Rejected iterations in a row after which the loss bound rises.
+PATIENCE = 4
+LARGEST_GAIN = 2.0**40
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration did.
+
+    Parameters
+    ----------
+    number
+        From 0.
+    loss
+        Of the weights that were tried.
+    accepted
+        Whether they were kept.
+    loss_bound, trust_radius, gain
+        What they were found with.
+    size
+        Of what is kept after the iteration: share of weights left, or mean bits.
+    """
+
+    number: int
+    loss: float
+    accepted: bool
+    loss_bound: float
+    trust_radius: float
+    gain: float
+    size: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return asdict(self)
+
+
+@dataclass
+class State:
+    """Everything that the next iteration depends on."""
+
+    compressed: Compressed
+    logits: np.ndarray
+    loss: float
+    loss_bound: float
+    trust_radius: float
+    gain: float = 1.0
+    rejected: int = 0
+    number: int = 0
+    importance: Importance = field(default_factory=Importance)
+
+
+class Algorithm1:
+    """The loop over one model, its compression and the images that the loss is evaluated on.
+
+    Parameters
+    ----------
+    twin
+        Of the dense model; its weights are changed.
+    model
+        What to compress to.
+    x, y
+        Inputs [N, ...] as the twin takes them, labels [N].
+
+    Attributes
+    ----------
+    dense_loss
+        L(w0).
+
+    Raises
+    ------
+    DataError
+        If the dense model's loss is 0 or not finite on these images.
+    """
+
+    def __init__(
+        self, twin: Twin, model: CompressionModel, x: np.ndarray, y: np.ndarray, settings: TocoSettings
+    ) -> None:
+        self._twin, self._model, self._x, self._y, self._settings = twin, model, x, y, settings
+        self._dense = {name: twin.tensors[name].detach().numpy().copy() for name in model.parameters}
+        logits = twin.predict(x)
+        self.dense_loss = _cross_entropy(logits, y)
+        if not (np.isfinite(self.dense_loss) and self.dense_loss > 0):
+            raise DataError(
+                f"The model's loss on {len(x)} images is {self.dense_loss}: no bound is a factor of it.",
+                "Give images on which it is not perfectly sure, or check model and images.",
+            )
+        self._committee: Committee | None = None
+        if settings.sampling == "active":
+            last = twin.sites[-1]
+            self._committee = Committee(logits, twin.site_inputs(x, [last])[last], y)
+        self._first_radius = settings.trust_radius * max(float(np.abs(w).max()) for w in self._dense.values())
+        self._logits = logits
+
+    def start(self) -> State:
+        """Return the state before the first iteration."""
+        compressed = self._model.start(self._dense)
+        return State(compressed, self._logits, self.dense_loss, self.dense_loss, self._first_radius)
+
+    def restore(self, state: State) -> State:
+        """Return a state that was saved without its logits, which are computed again."""
+        self._write(state.compressed.weights)
+        state.logits = self._twin.predict(self._x)
+        return state
+
+    def goes_on(self, state: State) -> bool:
+        """Whether all three conditions of the loop hold."""
+        return (
+            state.loss_bound <= self._settings.loss_bound * self.dense_loss
+            and state.trust_radius > LEAST_RADIUS * self._first_radius
+            and state.number < self._settings.iterations
+        )
+
+    def run(self, state: State) -> Iterator[Iteration]:
+        """Iterate on, changing the state, and give each iteration when it is done."""
+        while self.goes_on(state):
+            yield self._iterate(state)
+        self._write(state.compressed.weights)
+
+    def _iterate(self, state: State) -> Iteration:
+        budget = max(0.0, state.loss_bound - state.loss) * state.gain
+        tried = self._model.apply(state.compressed, self._tolerances(state, budget))
+        self._write(tried.weights)
+        logits = self._twin.predict(self._x)
+        loss = _cross_entropy(logits, self._y)
+        accepted = bool(loss <= state.loss_bound)
+        bound, radius, gain = state.loss_bound, state.trust_radius, state.gain
+        before = state.compressed
+        if accepted:
+            room = state.loss_bound - state.loss
+            timid = room > 0 and loss - state.loss < room / 2
+            state.compressed, state.logits, state.loss = tried, logits, loss
+            state.trust_radius = min(2 * radius, self._first_radius / self._settings.trust_radius)
+            state.gain = min(4 * gain, LARGEST_GAIN) if timid else gain
+            state.rejected = 0
+        else:
+            state.trust_radius, state.gain = radius / 2, max(1.0, gain / 2)
+            state.rejected += 1
+        state.importance.update(self._model.costs(before), self._model.costs(state.compressed))
+        self._raise_bound(state, loss)
+        state.number += 1
+        return Iteration(
+            state.number - 1, loss, accepted, bound, radius, gain, self._model.size(state.compressed)
+        )
+
+    def _raise_bound(self, state: State, loss: float) -> None:
+        """Raise the loss bound where the loss has come up to it; at last so far that the loop ends."""
+        step = (self._settings.sigma - 1) * self.dense_loss
+        if abs(state.loss_bound - loss) >= CLOSE * step and state.rejected < PATIENCE:
+            return
+        last = self._settings.loss_bound * self.dense_loss
+        raised = state.loss_bound * self._settings.sigma
+        # The last step is shortened to end on the bound; the one after it leaves the loop.
+        state.loss_bound = min(raised, last) if state.loss_bound < last else raised
+        if state.rejected >= PATIENCE:
+            state.trust_radius = min(state.trust_radius * 2**PATIENCE, self._first_radius)
+            state.rejected = 0
+
+    def _tolerances(self, state: State, budget: float) -> dict[str, np.ndarray]:
+        """Return τ of every weight: one problem over all the parameters."""
+        gradients = self._gradients(state)
+        names = self._model.parameters
+        g = np.concatenate([gradients[name].ravel() for name in names])
+        if not np.isfinite(g).all():
+            raise ModelError("A gradient is NaN or infinite.", "Check the images and the model's parameters.")
+        if not g.any():
+            raise DataError(
+                f"The gradients of all weights are zero on the {self._settings.sampling} samples: "
+                "nothing tells which weights matter.",
+                "Give images on which the model is not perfectly sure, or check that it is not saturated.",
+            )
+        bound = np.concatenate(
+            [self._model.bound(state.compressed, name, state.trust_radius).ravel() for name in names]
+        )
+        cuts = np.cumsum([gradients[name].size for name in names])[:-1]
+        tolerances = np.split(logarithmic(g, budget, bound), cuts)
+        return {n: t.reshape(gradients[n].shape) for n, t in zip(names, tolerances, strict=True)}
+
+    def _gradients(self, state: State) -> dict[str, np.ndarray]:
+        """Return |g| at the state's weights, by parameter."""
+        self._write(state.compressed.weights)
+        squares: dict[str, np.ndarray] = {}
+        batches = self._batches(state)
+        for batch in batches:
+            found = self._twin.gradients(self._x[batch], self._y[batch])
+            for name in self._model.parameters:
+                squares[name] = squares.get(name, 0) + np.square(found[name], dtype=np.float32)
+        return {name: np.sqrt(square / len(batches)) for name, square in squares.items()}
+
+    def _batches(self, state: State) -> list[np.ndarray | slice]:
+        settings, n = self._settings, len(self._x)
+        if settings.sampling == "all":
+            return [slice(None)]
+        # A generator of the iteration's own: a resumed run draws the same samples.
+        rng = np.random.default_rng([settings.seed, state.number])
+        count = min(n, settings.batches * settings.batch_size)
+        if self._committee is None:
+            drawn = rng.choice(n, count, replace=False)
+        else:
+            drawn = rng.permutation(self._committee.query(state.logits, settings.share, rng, count))
+        return [drawn[start : start + settings.batch_size] for start in range(0, count, settings.batch_size)]
+
+    def _write(self, weights: Values) -> None:
+        with torch.no_grad():
+            for name, value in weights.items():
+                self._twin.tensors[name].copy_(torch.from_numpy(value))
+
+
+def _cross_entropy(logits: np.ndarray, y: np.ndarray) -> float:
+    return float(F.cross_entropy(torch.from_numpy(logits).double(), torch.as_tensor(y, dtype=torch.int64)))
