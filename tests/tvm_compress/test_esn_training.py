@@ -40,7 +40,7 @@ def test_equation_4_on_uniform_noise():
         levels = mid_rise(w, np.full(64, step))
         noise = float(np.sum(np.square(w - step * levels)))
         expected = esn_a_from_noise(float(np.sum(np.square(w))), noise, w.size)
-        # The mean of (w / Δ)² is that of W_int² plus 1/12, which appendix E leaves out: 1.3 % at the last step.
+        # (w / Δ)² is W_int² plus 1/12 in the mean, which appendix E leaves out: 1.3 % at the last step.
         assert esn_a(levels) == pytest.approx(expected, rel=0.02)
 
 

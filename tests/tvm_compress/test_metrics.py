@@ -87,6 +87,16 @@ def test_levels_stay_within_their_bits():
     np.testing.assert_array_equal(mid_rise(np.zeros((2, 3)), filter_steps(np.zeros((2, 3)), 4), 4), 0)
 
 
+def test_pruned_weights_and_filters_have_no_signal():
+    w = np.random.default_rng(0).normal(size=(4, 9))
+    sparse = np.where(np.arange(36).reshape(4, 9) % 3 == 0, w, 0.0)
+    kept = sparse[sparse != 0].reshape(4, 3)
+    assert esn({"a": sparse}, {"a": 4}) == esn({"a": kept}, {"a": 4})
+    slim = sparse.copy()
+    slim[1:3] = 0
+    assert esn({"a": slim}, {"a": 4}) == esn({"a": kept[[0, 3]]}, {"a": 4})
+
+
 def test_layers_are_weighted_by_their_uses():
     w = np.random.default_rng(0).normal(size=(4, 9))
     once, twice = esn({"a": w}, {"a": 4}), esn({"a": w, "b": w}, {"a": 4, "b": 4}, {"a": 1.0, "b": 3.0})

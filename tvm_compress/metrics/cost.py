@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tvm
 
-from tvm_compress.metrics.esn import esn, esn_d_filters, filter_steps, mid_rise
+from tvm_compress.metrics.esn import esn, esn_d_filters, signal_levels
 from tvm_compress.passes.codebook_weights import site_weights
 from tvm_compress.passes.params import get_params
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
@@ -81,8 +81,7 @@ def metrics(
         "esn_a": analog,
         "esn_d": digital,
         "esn_d_filters": sum(
-            esn_d_filters(mid_rise(w, filter_steps(w, bits[site.name]), bits[site.name]), site.macs)
-            for site, w in ((site, weights[site.name]) for site in sites)
+            esn_d_filters(signal_levels(weights[site.name], bits[site.name]), site.macs) for site in sites
         ),
     }
 

@@ -40,6 +40,11 @@ def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int | None = None) -> 
     return np.where(pruned.reshape(column), 0.0, levels)
 
 
+def signal_levels(weight: np.ndarray, bits: int) -> np.ndarray:
+    """W_int of weights [O, ...] with `bits` bits; weights that were pruned alone, exactly 0, have no signal."""
+    return np.where(weight == 0, 0.0, mid_rise(weight, filter_steps(weight, bits), bits))
+
+
 def esn_a(levels: np.ndarray) -> float:
     """Analog norm of one layer, `||W_int||²`."""
     return float(np.sum(np.square(levels)))
@@ -96,7 +101,7 @@ def esn(
     """
     analog = digital = 0.0
     for site, weight in weights.items():
-        levels = mid_rise(weight, filter_steps(weight, bits[site]), bits[site])
+        levels = signal_levels(weight, bits[site])
         factor = 1.0 if uses is None else uses[site]
         analog += factor * esn_a(levels)
         digital += factor * esn_d(levels)
