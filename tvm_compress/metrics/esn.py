@@ -41,7 +41,7 @@ def mid_rise(weight: np.ndarray, steps: np.ndarray, bits: int | None = None) -> 
 
 
 def signal_levels(weight: np.ndarray, bits: int) -> np.ndarray:
-    """W_int of weights [O, ...] with `bits` bits; weights that were pruned alone, exactly 0, have no signal."""
+    """W_int of weights [O, ...] with `bits` bits; weights pruned alone (exactly 0) have no signal."""
     return np.where(weight == 0, 0.0, mid_rise(weight, filter_steps(weight, bits), bits))
 
 
