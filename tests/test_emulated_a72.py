@@ -8,6 +8,7 @@ import pytest
 from tvm import relax
 
 from tvm_compress.compression import compile_model, compress_model, uniform_policy
+from tvm_compress.compressor import realize
 from tvm_compress.model import Model
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
@@ -15,7 +16,6 @@ from tvm_compress.samples.load import load_sample, load_sample_data
 from tvm_compress.schedules import ops, reference
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.target_rules import parse_target
-from tvm_compress.search.candidate import realize
 from tvm_compress.twin import Twin
 
 RPI4 = "raspberry-pi/4b-aarch64"

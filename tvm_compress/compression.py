@@ -10,6 +10,7 @@ import numpy as np
 import tvm
 
 from tvm_compress.artifact import Artifact
+from tvm_compress.compressor import Compressor, Training, realize
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, SettingError
 from tvm_compress.metrics.cost import metrics
@@ -21,7 +22,6 @@ from tvm_compress.passes.policy import CompressionPolicy, SitePolicy, fingerprin
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.search.candidate import Compressor, Training, realize
 from tvm_compress.tolerance.channels import channel_scores
 from tvm_compress.twin import Twin
 

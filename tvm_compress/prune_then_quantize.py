@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import tvm
 
+from tvm_compress.compressor import Compressor, quantization_part
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, SettingError
 from tvm_compress.finetune import finetune
@@ -31,7 +32,6 @@ from tvm_compress.passes.policy import CompressionPolicy, SitePolicy, fingerprin
 from tvm_compress.passes.quantization import weight_limit, weight_scale
 from tvm_compress.passes.sites import Site, find_sites
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.search.candidate import Compressor, quantization_part
 from tvm_compress.tolerance.channels import channel_scores
 from tvm_compress.twin import Twin
 

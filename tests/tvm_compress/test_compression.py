@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tvm_compress.compression import compress_model, uniform_policy
+from tvm_compress.compressor import realize
 from tvm_compress.data.dataset import Split
 from tvm_compress.errors import ModelError, PolicyError, SettingError
 from tvm_compress.model import Model
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.samples.load import load_sample, load_sample_data, sample_module
-from tvm_compress.search.candidate import realize
 from tvm_compress.twin import Twin
 
 

@@ -8,6 +8,7 @@ import pytest
 from tests.tvm_compress.test_finetune import shapes_data, small_network
 from tests.tvm_compress.twin_networks import random_resnet8, resnet8_module
 from tvm_compress.cli.main import main
+from tvm_compress.compressor import realize
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, SettingError
 from tvm_compress.finetune import finetune
@@ -16,7 +17,6 @@ from tvm_compress.metrics.esn_training import EpochEsn, EsnRecord, SiteEsn
 from tvm_compress.model import InputSpec, Model
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.prune_then_quantize import EsnSettings, prune, prune_then_quantize, quantize
-from tvm_compress.search.candidate import realize
 from tvm_compress.twin import Twin
 
 SMALL = EsnSettings(epochs=6, learning_rate=0.1, images=128, rounding=1, edge_bits=0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tvm_compress.compressor import Compressor, Training
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import DataError, ModelError, SettingError, StudyError
 from tvm_compress.finetune import finetune
@@ -18,7 +19,6 @@ from tvm_compress.passes.params import get_stage
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.search.candidate import Compressor, Training
 from tvm_compress.search.problem import SearchProblem
 from tvm_compress.search.refine import best_refined, choose
 from tvm_compress.search.results import ProgressEvent, SearchResult, Trial

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 import tvm
 
+from tvm_compress.compressor import Candidate, Compressor, Training
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.passes.policy import CompressionPolicy
-from tvm_compress.search.candidate import Candidate, Compressor, Training
 from tvm_compress.search.latency import Latency, structure_key
 from tvm_compress.search.results import MEASURED, EpisodeResult
 from tvm_compress.twin import Twin

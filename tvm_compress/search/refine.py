@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from tvm_compress.compressor import Compressor, Training
 from tvm_compress.data.dataset import Dataset
 from tvm_compress.passes.groups import CoupledSet
 from tvm_compress.passes.policy import BitserialRules
-from tvm_compress.search.candidate import Compressor, Training
 from tvm_compress.search.environment import reward_of
 from tvm_compress.search.evaluate import CompressionEvaluator
 from tvm_compress.search.problem import SearchProblem

@@ -13,6 +13,7 @@ import torch
 import tvm
 
 import tvm_compress
+from tvm_compress.compressor import Compressor, Training
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import DataError, ModelError
 from tvm_compress.metrics.cost import metrics
@@ -26,7 +27,6 @@ from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search import sensitivity as sensitivity_analysis
 from tvm_compress.search.agents import make_agent
-from tvm_compress.search.candidate import Compressor, Training
 from tvm_compress.search.environment import CompressionEnv
 from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
 from tvm_compress.search.latency import HybridLatency, LatencyMeter, MeasuredLatency

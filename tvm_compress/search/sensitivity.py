@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import tvm
 
+from tvm_compress.compressor import Compressor
 from tvm_compress.passes.groups import round_channels
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
-from tvm_compress.search.candidate import Compressor
 from tvm_compress.search.discretize import discretize
 from tvm_compress.search.problem import PolicyDraft, SearchProblem
 from tvm_compress.twin import Twin
