@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tvm_compress.cli.load import epoch_lines, model_and_data
-from tvm_compress.cli.methods import run_esn, run_fastlc
+from tvm_compress.cli.methods import run_esn, run_fastlc, run_toco
 from tvm_compress.cli.options import (
     CodebookBitsOption,
     CurvatureOption,
@@ -19,24 +19,33 @@ from tvm_compress.cli.options import (
     GranularityOption,
     GroupOption,
     ImagesOption,
+    IterationsOption,
     JsonOption,
     KeepOption,
+    LabelsOption,
     LayoutOption,
+    LossBoundOption,
     MeanOption,
     MetricOption,
     ModelArgument,
+    ObjectiveOption,
+    PercentileOption,
     RankOption,
     RatioOption,
+    SamplingOption,
     SaveCurvatureOption,
     ScaledOption,
     SchemeOption,
     ScopeOption,
     SeedOption,
+    SigmaOption,
     SparseShareOption,
     SplitSeedOption,
     StatisticsOption,
     StdOption,
     TargetOption,
+    TrialsOption,
+    TrustRadiusOption,
 )
 from tvm_compress.cli.output import print_json, print_lines
 from tvm_compress.compression import (
@@ -57,7 +66,7 @@ from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.prune_then_quantize import EsnSettings
 
 # What may decide how a model is compressed; "policy" is a given or a uniform one.
-METHODS = ("policy", "fastlc", "esn")
+METHODS = ("policy", "toco", "fastlc", "esn")
 
 
 def compress(
@@ -138,6 +147,15 @@ def compress(
     draws: DrawsOption = None,
     curvature: CurvatureOption = None,
     save_curvature: SaveCurvatureOption = None,
+    objective: ObjectiveOption = None,
+    loss_bound: LossBoundOption = None,
+    sigma: SigmaOption = None,
+    trust_radius: TrustRadiusOption = None,
+    iterations: IterationsOption = None,
+    sampling: SamplingOption = None,
+    percentile: PercentileOption = None,
+    labels: LabelsOption = None,
+    trials: TrialsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -185,6 +203,31 @@ def compress(
         _finish_method(dense, result, split_or_none, output, target, as_json)
         return
     dense, split = model_and_data(model, data, split_seed, layout, mean, std)
+    if method == "toco":
+        result = run_toco(
+            dense,
+            split,
+            {
+                "objective": objective,
+                "group": group,
+                "loss_bound": loss_bound,
+                "sigma": sigma,
+                "trust_radius": trust_radius,
+                "iterations": iterations,
+                "sampling": sampling,
+                "images": images,
+                "percentile": percentile,
+                "labels": labels,
+                "finetune_epochs": finetune_epochs,
+                "learning_rate": learning_rate,
+                "target": target,
+                "seed": seed,
+            },
+            trials,
+            as_json,
+        )
+        _finish_method(dense, result, split, output, target, as_json)
+        return
     if method == "esn":
         result = run_esn(
             dense,

@@ -12,6 +12,22 @@ from tvm_compress.fastlc.settings import SCHEMES, FastLcSettings
 from tvm_compress.method import MethodResult
 from tvm_compress.model import Model
 from tvm_compress.prune_then_quantize import EsnSettings, prune_then_quantize
+from tvm_compress.tolerance.algorithm1 import Iteration
+from tvm_compress.tolerance.compress import toco
+from tvm_compress.tolerance.settings import TocoSettings
+
+
+def run_toco(
+    dense: Model, split: Split, options: Mapping[str, Any], trials: Path | None, quiet: bool
+) -> MethodResult:
+    """Tolerance analysis; options that are None keep their defaults."""
+    settings = TocoSettings(**{name: value for name, value in options.items() if value is not None})
+    lines = part_lines(quiet)
+
+    def tell(iteration: Iteration) -> None:
+        lines("iteration", iteration.number + 1, settings.iterations)
+
+    return toco(dense.module, split, settings, trials, tell)
 
 
 def run_fastlc(

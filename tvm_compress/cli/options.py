@@ -37,7 +37,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 GroupOption = Annotated[
     str | None,
     typer.Option(
-        help="Weights that go together: element, simd-N, filter or block-MxN.", rich_help_panel="fastlc"
+        help="Weights that go together: element, simd-N, filter or block-MxN; toco: channel and layer too.",
+        rich_help_panel="fastlc, toco",
     ),
 ]
 SchemeOption = Annotated[
@@ -87,7 +88,11 @@ StatisticsOption = Annotated[
     ),
 ]
 ImagesOption = Annotated[
-    int | None, typer.Option(help="Training images for the curvature.", rich_help_panel="fastlc")
+    int | None,
+    typer.Option(
+        help="Training images for the curvature, or for toco's loss and samples.",
+        rich_help_panel="fastlc, toco",
+    ),
 ]
 DrawsOption = Annotated[
     int | None, typer.Option(help="Labels drawn per image; 0 is exact.", rich_help_panel="fastlc")
@@ -98,4 +103,40 @@ CurvatureOption = Annotated[
 ]
 SaveCurvatureOption = Annotated[
     Path | None, typer.Option(help="File for the curvature that was computed.", rich_help_panel="fastlc")
+]
+ObjectiveOption = Annotated[
+    str | None, typer.Option(help="prune or quantize. Default prune.", rich_help_panel="toco")
+]
+LossBoundOption = Annotated[
+    float | None,
+    typer.Option(
+        help="The loss may grow to this many times the dense model's. Default 1.05.", rich_help_panel="toco"
+    ),
+]
+SigmaOption = Annotated[
+    float | None,
+    typer.Option(help="Factor by which the bound grows towards that. Default 1.02.", rich_help_panel="toco"),
+]
+TrustRadiusOption = Annotated[
+    float | None,
+    typer.Option(help="How far weights may move at first, of the largest weight.", rich_help_panel="toco"),
+]
+IterationsOption = Annotated[int | None, typer.Option(help="At most so many.", rich_help_panel="toco")]
+SamplingOption = Annotated[
+    str | None,
+    typer.Option(help="Where gradients are taken: active, random or all.", rich_help_panel="toco"),
+]
+PercentileOption = Annotated[
+    float | None,
+    typer.Option(help="Of a group's tolerances that gives its bits; 0 is the least.", rich_help_panel="toco"),
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(help="data, or model: its own predictions.", rich_help_panel="toco"),
+]
+TrialsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for trials.jsonl; an interrupted run goes on from there.", rich_help_panel="toco"
+    ),
 ]

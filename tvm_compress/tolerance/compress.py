@@ -121,7 +121,7 @@ def _facts(module: tvm.IRModule, x: np.ndarray, y: np.ndarray, settings: TocoSet
     images = hashlib.sha256(np.ascontiguousarray(x).data)
     images.update(np.ascontiguousarray(y).data)
     values = asdict(settings)
-    for name in ("iterations", "finetune_epochs", "learning_rate"):
+    for name in ("iterations", "finetune_epochs", "learning_rate", "target"):
         del values[name]
     return {"model": model_fingerprint(module), "data": images.hexdigest()[:16], **values}
 
@@ -176,7 +176,11 @@ def _quantized(
 
 def _policy(sites: list[Site], chosen: Mapping[str, SitePolicy], settings: TocoSettings) -> CompressionPolicy:
     return CompressionPolicy(
-        sites=dict(chosen), seed=settings.seed, found_by="toco", model=fingerprint(sites)
+        sites=dict(chosen),
+        target=settings.target,
+        seed=settings.seed,
+        found_by="toco",
+        model=fingerprint(sites),
     )
 
 

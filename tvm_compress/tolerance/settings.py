@@ -44,6 +44,8 @@ class TocoSettings:
         "data", or "model": the model's own predictions, where there are no labels.
     finetune_epochs, learning_rate
         Afterwards; pruned weights stay zero, quantized ones stay as they are.
+    target
+        Written into the policy; nothing else depends on it.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class TocoSettings:
     seed: int = 0
     finetune_epochs: int = 0
     learning_rate: float = 0.01
+    target: str = "host"
 
     def __post_init__(self) -> None:
         _choose("objective", self.objective, OBJECTIVES)
