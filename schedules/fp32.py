@@ -10,7 +10,7 @@ from tvm import relax, s_tir, te, topi
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import kernel
+from tvm_compress.schedules import kernel, sparse
 from tvm_compress.schedules.codebook import Weights, read_weights
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
 from tvm_compress.schedules.target_rules import TargetRules
@@ -239,13 +239,13 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
     weight = weight.transposed()
     out, inputs = weight.shape
     n = shape[0]
+    # Many rows share the loads of the weights: there the dense kernel stays ahead.
+    rows = sparse.find_rows(weight.array, rules) if n == 1 and weight.codebook is None else None
+    if rows is not None:
+        return _sparse_dense(bb, call, rows, out)
     tile = choose_tile(rules, 1, n, out, inputs)
     block = tile.vectors * rules.fp32_lanes
-    info = {
-        "operator": "dense", "scheme": "fp32", "activation_bits": 32, "weight_bits": 32,
-        "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1,
-        "groups": 1, "block": block, "tile": [tile.columns],
-    }  # fmt: skip
+    info = _dense_info(n, inputs, out) | {"block": block, "tile": [tile.columns]}
 
     def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
         rows, channels = _round_up(n, tile.columns), _round_up(out, block)
@@ -268,6 +268,27 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
     return bb.call_te(
         compute, call.args[0], packed, primfunc_name_hint="dense_fp32", primfunc_attrs={"op_pattern": 4}
     )
+
+
+def _dense_info(n: int, inputs: int, out: int) -> dict[str, Any]:
+    return {
+        "operator": "dense", "scheme": "fp32", "activation_bits": 32, "weight_bits": 32,
+        "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1,
+        "groups": 1,
+    }  # fmt: skip
+
+
+def _sparse_dense(bb: relax.BlockBuilder, call: relax.Call, rows: sparse.SparseRows, out: int) -> relax.Expr:
+    # What is read and multiplied is that of a layer with as many inputs as the lists are long.
+    info = _dense_info(1, rows.values.shape[1], out) | {"block": rows.block, "tile": [1], "sparse": True}
+
+    def compute(x: te.Tensor, values: te.Tensor, inputs: te.Tensor) -> te.Tensor:
+        return crop(sparse.multiply(x, values, inputs, kernel.kernel_attrs("fp32", info)), (1, out))
+
+    return bb.call_te(
+        compute, call.args[0], *sparse.constants(rows),
+        primfunc_name_hint="dense_fp32_sparse", primfunc_attrs={"op_pattern": 4},
+    )  # fmt: skip
 
 
 def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> None:
