@@ -250,4 +250,4 @@ def prepare(gradients: np.ndarray, budget: float, bound: np.ndarray | float) -> 
     if np.isnan(upper).any() or (upper < 0).any():
         raise SettingError("The bounds of tolerances must not be negative or NaN.")
     # Without the sign of -0.
-    return slopes, np.abs(upper)
+    return slopes, np.abs(upper) if np.signbit(upper).any() else upper

@@ -25,7 +25,7 @@ Part = slice | np.ndarray
 Derivative = Callable[[np.ndarray, Part], np.ndarray]
 
 # Weights whose tolerances first say where λ lies.
-SAMPLE = 1 << 15
+SAMPLE = 1 << 17
 MAX_ROUNDS = 100
 # Parts that a thread takes at a time.
 PARTS_AT_ONCE = 32
@@ -33,7 +33,7 @@ PARTS_AT_ONCE = 32
 FIRST_STEP = 1.02
 LARGEST_STEP = 1e6
 # How exactly the budget is met, relative to it; what is left over is below it, never above.
-EXACTNESS = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-10}
+EXACTNESS = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-10}
 
 
 def logarithmic_derivative(tolerances: np.ndarray, part: Part) -> np.ndarray:
@@ -87,9 +87,11 @@ def solve(
     shape = np.shape(gradients)
     with ThreadPoolExecutor(threads) as pool:
         problem = _Problem(derivative, slopes, upper, pool)
-        free = problem.at(0.0, np.zeros_like(upper), upper)
+        free = problem.at(0.0, np.broadcast_to(slopes.dtype.type(0), upper.shape), upper)
+        if np.array_equal(free.tolerances, upper):
+            free = _Point(0.0, upper, free.cost)
         if free.cost <= budget:
-            return free.tolerances.reshape(shape)
+            return free.tolerances.reshape(shape).copy()
         if budget == 0:
             return np.where(slopes > 0, 0, free.tolerances).reshape(shape)
         start = _sampled_multiplier(derivative, slopes, upper, budget)
@@ -162,7 +164,8 @@ def _narrow(
     steps by a factor that begins at `step`.
     """
     dtype = problem.slopes.dtype
-    nothing = _Point(math.inf, np.zeros_like(problem.upper), 0.0)
+    # A zero for every weight, without the memory.
+    nothing = _Point(math.inf, np.broadcast_to(dtype.type(0), problem.upper.shape), 0.0)
     low, high, before = free, nothing, 0
     above = below = math.nan  # by how much the ends of the bracket cost more than the budget
     multiplier = start
