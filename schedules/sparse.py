@@ -16,10 +16,6 @@ from tvm_compress.schedules.target_rules import TargetRules
 # takes four cycles or more.
 _SIDE_BY_SIDE = 4
 
-# The longest list may hold this share of the inputs; beyond it the dense kernel is as fast, which reads no
-# indices (scripts/bench/sparse.py measures where they meet).
-WORTH_BELOW = 0.6
-
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -59,7 +55,7 @@ def find_rows(weight: np.ndarray, rules: TargetRules) -> SparseRows | None:
     vectors = padded.reshape(tiles, side_by_side, lanes, inputs).transpose(0, 3, 1, 2)  # [tile, I, V, lanes]
     used = vectors.any(axis=3)
     longest = int(used.sum(axis=1).max(initial=0))
-    if longest > WORTH_BELOW * inputs or inputs == 0:
+    if longest > rules.sparse_pays_below * inputs:
         return None
     # A stable sort brings the used inputs of each list to its front, in ascending order.
     order = np.argsort(~used, axis=1, kind="stable")[:, : max(longest, 1)]
