@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tvm_compress.fastlc import kmeans
 from tvm_compress.fastlc.c_steps import (
     Binary,
     FixedPoint,
@@ -62,6 +63,22 @@ def test_many_values_get_a_codebook_near_the_best(k: int) -> None:
     labels = nearest(values, codebook)
     means = np.bincount(labels, values) / np.bincount(labels)
     np.testing.assert_allclose(codebook, means, atol=1e-3 if k == 256 else 1e-6)
+
+
+def test_values_put_together_lose_nothing_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    values, h = rng.normal(size=30_000), rng.gamma(0.3, 1.0, 30_000)
+    exact = kmeans_codebook(values, 16, h)
+    step = np.abs(FixedPoint(4)(values[None], h[None])).max()
+    monkeypatch.setattr(kmeans, "_MOST_VALUES", 4096)
+    bins, mass = kmeans.gather(values, h)
+    assert len(bins) <= 4096
+    assert (np.diff(bins) > 0).all()
+    np.testing.assert_allclose([mass.sum(), mass @ bins], [h.sum(), h @ values])
+    found = kmeans_codebook(values, 16, h)
+    before, after = (error(values, book[nearest(values, book)], h) for book in (exact, found))
+    assert after < 1.01 * before
+    assert np.abs(FixedPoint(4)(values[None], h[None])).max() == pytest.approx(step, rel=0.03)
 
 
 def test_codebook_far_from_zero_keeps_its_digits() -> None:

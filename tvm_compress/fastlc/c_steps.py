@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from tvm_compress.fastlc.exact import largest
-from tvm_compress.fastlc.kmeans import kmeans_codebook, nearest
+from tvm_compress.fastlc.kmeans import gather, kmeans_codebook, nearest
 from tvm_compress.passes.factorize import as_matrix, from_matrix, truncate
 
 _FIXED_CANDIDATES = 24
@@ -118,26 +118,29 @@ class FixedPoint(_PerRow):
         if top == 0.0:
             return np.zeros_like(row)
 
-        def grid(step: float) -> np.ndarray:
-            return np.clip(np.rint(row / step), -limit, limit)
+        # The step is found on the values put together; the nearest multiples are taken of each.
+        values, mass = gather(row, h)
+
+        def grid(step: float, at: np.ndarray) -> np.ndarray:
+            return np.clip(np.rint(at / step), -limit, limit)
 
         def error(step: float) -> float:
-            return float(np.sum(h * (row - step * grid(step)) ** 2))
+            return float(np.sum(mass * (values - step * grid(step, values)) ** 2))
 
         # From clipping nothing down to clipping all but a tenth of the range.
         step = min(top / limit * np.linspace(1.0, 0.1, _FIXED_CANDIDATES), key=error)
         least = error(step)
         for _ in range(_FIXED_ITERATIONS):
-            whole = grid(step)
-            mass = float(np.sum(h * whole**2))
-            if mass == 0.0:
+            whole = grid(step, values)
+            total = float(np.sum(mass * whole**2))
+            if total == 0.0:
                 break
-            better = float(np.sum(h * row * whole)) / mass
+            better = float(np.sum(mass * values * whole)) / total
             found = error(better)
             if found >= least:
                 break
             step, least = better, found
-        return step * grid(step)
+        return step * grid(step, row)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,13 @@ def pruning_gains(model: QuadraticModel) -> np.ndarray:
     would keep the weights that matter least. With g = 0 this is optimal brain damage. Where h is 0 the model
     has no best value; the weight stays as it is and is ranked by |g w|.
     """
-    curved = model.curvature > 0
-    return np.where(curved, 0.5 * model.curvature * model.target**2, np.abs(model.gradient * model.weights))
+    gains = np.square(model.target)
+    gains *= model.curvature
+    gains *= 0.5
+    flat = model.curvature == 0
+    if flat.any():
+        gains[flat] = np.abs(model.gradient[flat] * model.weights[flat])
+    return gains
 
 
 def largest(gains: np.ndarray, count: int) -> np.ndarray:
@@ -24,12 +29,12 @@ def largest(gains: np.ndarray, count: int) -> np.ndarray:
     flat = np.asarray(gains).ravel()
     if not 0 <= count <= flat.size:
         raise SettingError(f"{count} of {flat.size} weights cannot be kept.")
-    mask = np.zeros(flat.size, bool)
-    if count:
-        threshold = np.partition(flat, flat.size - count)[flat.size - count]
-        mask[flat > threshold] = True
-        ties = np.flatnonzero(flat == threshold)
-        mask[ties[: count - int(mask.sum())]] = True
+    if count == 0:
+        return np.zeros(np.shape(gains), bool)
+    threshold = np.partition(flat, flat.size - count)[flat.size - count]
+    mask = flat > threshold
+    ties = np.flatnonzero(flat == threshold)
+    mask[ties[: count - int(np.count_nonzero(mask))]] = True
     return mask.reshape(np.shape(gains))
 
 

@@ -5,6 +5,8 @@ import numpy as np
 # Up to so many values the optimum is computed; beyond it Lloyd's iteration runs from several starts.
 _EXACT_VALUES = 256
 _ITERATIONS = 200
+# More values than that are put together in as many bins.
+_MOST_VALUES = 2**17
 
 
 def kmeans_codebook(values: np.ndarray, k: int, importance: np.ndarray | None = None) -> np.ndarray:
@@ -24,15 +26,35 @@ def kmeans_codebook(values: np.ndarray, k: int, importance: np.ndarray | None = 
     weights = np.ones_like(flat) if importance is None else np.asarray(importance, np.float64).ravel()
     if not weights.any():
         weights = np.ones_like(flat)
-    flat, weights = flat[weights > 0], weights[weights > 0]
-    order = np.argsort(flat, kind="stable")
-    line = _Line(flat[order], weights[order])
+    line = _Line(*gather(flat, weights))
     if line.distinct <= k:
-        return np.unique(flat)
-    if len(flat) <= _EXACT_VALUES:
+        return np.unique(line.values)
+    if len(line.values) <= _EXACT_VALUES:
         return line.centres(_exact_bounds(line, k))
     results = [_lloyd(line, start) for start in _starts(line, k)]
     return min(results, key=line.error)
+
+
+def gather(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort values of weight above 0; many are first put together in narrow bins, each at its weighted mean.
+
+    Means over runs of bins are exact then; only the ends of runs are no finer than a bin.
+
+    Returns
+    -------
+    Ascending values, and their weights.
+    """
+    if len(values) <= _MOST_VALUES or values.min() == values.max():
+        used = weights > 0
+        values, weights = values[used], weights[used]
+        order = np.argsort(values, kind="stable")
+        return values[order], weights[order]
+    low, high = float(values.min()), float(values.max())
+    places = ((values - low) * ((_MOST_VALUES - 1) / (high - low))).astype(np.int64)
+    mass = np.bincount(places, weights)
+    first = np.bincount(places, weights * (values - low))
+    used = mass > 0
+    return first[used] / mass[used] + low, mass[used]
 
 
 def nearest(values: np.ndarray, codebook: np.ndarray) -> np.ndarray:

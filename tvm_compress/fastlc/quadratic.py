@@ -37,6 +37,8 @@ class QuadraticModel:
     @property
     def target(self) -> np.ndarray:
         """The minimiser, `w - g / h`; w where h is 0."""
+        if not self.gradient.any():
+            return self.weights
         curved = self.curvature > 0
         return np.where(
             curved, self.weights - self.gradient / np.where(curved, self.curvature, 1.0), self.weights
@@ -44,8 +46,11 @@ class QuadraticModel:
 
     def loss(self, values: np.ndarray) -> float:
         """`L̃` at other weights: the change of the loss that the model predicts."""
-        change = values - self.weights
-        return float(np.sum(self.gradient * change + 0.5 * self.curvature * change**2))
+        change = np.ravel(values - self.weights)
+        slope = 0.5 * change
+        slope *= self.curvature.ravel()
+        slope += self.gradient.ravel()
+        return float(slope @ change)
 
     def penalty(self, metric: str) -> np.ndarray:
         """What μ is multiplied with, weight by weight; μ itself has no unit.

@@ -108,7 +108,7 @@ def _prune(models: Models, settings: FastLcSettings) -> Compression:
         shapes = [models[name].weights.shape for name in names]
         whole = QuadraticModel(
             *(
-                np.concatenate([getattr(models[name], part).ravel() for name in names])
+                np.concatenate([getattr(models[name], part).ravel() for name in names], dtype=np.float32)
                 for part in ("weights", "gradient", "curvature")
             )
         )
