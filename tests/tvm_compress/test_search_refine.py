@@ -5,8 +5,9 @@ import dataclasses
 from tests.tvm_compress.search_doubles import FormulaEvaluator, problem
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.search.refine import spend_budget
+from tvm_compress.search.refine import choose, confirm, spend_budget
 from tvm_compress.search.results import Trial
+from tvm_compress.search.settings import SearchSettings
 
 NETWORK = problem()
 RULES = rules_for(parse_target("host"))
@@ -39,3 +40,15 @@ def test_a_trial_over_the_budget_stays_as_it_is() -> None:
 def test_nothing_to_widen() -> None:
     whole = trial()
     assert spend_budget(whole, NETWORK, RULES, FormulaEvaluator(NETWORK), 1.0) == dataclasses.replace(whole)
+
+
+def test_a_lucky_measurement_is_found_out() -> None:
+    honest, lucky = trial(stem=16, conv1=16), trial(conv1=32)
+    flattered = dataclasses.replace(
+        lucky, episode=1, result=dataclasses.replace(lucky.result, ratio=honest.result.ratio), reward=9.0
+    )
+    settings = SearchSettings(budget=honest.result.ratio, refine_top=1, refine_pareto=0)
+    assert choose([honest, flattered], settings) == [flattered]
+    confirmed = confirm([honest, flattered], FormulaEvaluator(NETWORK), settings)
+    assert {t.episode: t.result.ratio for t in confirmed}[1] == lucky.result.ratio
+    assert [t.episode for t in choose(confirmed, settings)] == [0]

@@ -29,8 +29,9 @@ from tvm_compress.search.settings import SearchSettings
 FAILED_RATIO = 10.0
 
 # How the search times a library: short, since the dense model is timed along with each candidate.
-SAMPLES = 9
-SAMPLE_MS = 8.0
+SHORT = MeasurementSettings(repeat=9, min_repeat_ms=8.0)
+# How it times those that may win: the best of many short measurements is the luckiest one too.
+THOROUGH = MeasurementSettings(repeat=30, min_repeat_ms=20.0)
 # The same for a single kernel.
 KERNEL_SAMPLES = 3
 KERNEL_SAMPLE_MS = 2.0
@@ -70,8 +71,8 @@ class LatencyMeter:
         Of all measurements.
     input_shape
         (1, C, H, W).
-    threads
-        On the device.
+    settings
+        How libraries are timed; the threads are the device's.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class LatencyMeter:
         target: tvm.target.Target,
         store: MeasurementStore,
         input_shape: Sequence[int],
-        threads: int,
+        settings: MeasurementSettings = SHORT,
     ) -> None:
         self.device = device
         self.target = target
@@ -88,7 +89,7 @@ class LatencyMeter:
         # Latency does not depend on the values, but zeros alone would be unlike any input.
         ramp = np.arange(math.prod(input_shape), dtype=np.float32)
         self._inputs = [np.sin(ramp).reshape(tuple(input_shape))]
-        self._settings = MeasurementSettings(repeat=SAMPLES, min_repeat_ms=SAMPLE_MS, threads=threads)
+        self._settings = replace(settings, threads=device.threads)
         self._kernel_settings = replace(self._settings, repeat=KERNEL_SAMPLES, min_repeat_ms=KERNEL_SAMPLE_MS)
         self._stack = ExitStack()
         self._session: Session | None = None

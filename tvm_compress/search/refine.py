@@ -47,6 +47,25 @@ def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
     return chosen
 
 
+def confirm(trials: Sequence[Trial], evaluator: Evaluator, settings: SearchSettings) -> list[Trial]:
+    """Measure again, thoroughly, those that are likely to be chosen; twice as many as will be, and one more.
+
+    Of many short measurements (or predictions) those that look best are also the luckiest: what is chosen by
+    them alone would miss the budget on the day.
+    """
+    likely = choose(
+        trials,
+        replace(settings, refine_top=2 * settings.refine_top + 1, refine_pareto=2 * settings.refine_pareto),
+    )
+    confirmed = []
+    for trial in likely:
+        result = evaluator.evaluate(trial.policy, trial.episode)
+        confirmed.append(
+            replace(trial, result=result, reward=reward_of(result, settings.budget, settings.beta))
+        )
+    return confirmed
+
+
 def spend_budget(
     trial: Trial,
     problem: SearchProblem,

@@ -22,18 +22,18 @@ from tvm_compress.passes.groups import find_coupled_sets
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.passes.policy import fingerprint
 from tvm_compress.passes.sites import find_sites
-from tvm_compress.rpc.device import open_device
+from tvm_compress.rpc.device import Device, MeasurementSettings, open_device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search import sensitivity as sensitivity_analysis
 from tvm_compress.search.agents import make_agent
 from tvm_compress.search.environment import CompressionEnv
 from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
-from tvm_compress.search.latency import HybridLatency, LatencyMeter, MeasuredLatency
+from tvm_compress.search.latency import SHORT, THOROUGH, HybridLatency, LatencyMeter, MeasuredLatency
 from tvm_compress.search.loop import run_episodes
 from tvm_compress.search.observation import SiteObservation, tolerance_statistics
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.refine import best_refined, choose, refine, spend_budget
+from tvm_compress.search.refine import best_refined, choose, confirm, refine, spend_budget
 from tvm_compress.search.results import (
     MEASURED,
     EpisodeResult,
@@ -143,8 +143,7 @@ class _Search:
         problem, compressor = self._analyse()
         device = open_device(settings.device, settings.threads)
         store = MeasurementStore(self.study.measurements)
-        meter = LatencyMeter(device, self.target, store, self.model.input_spec.shape, settings.threads)
-        with meter:
+        with self._meter(device, store, SHORT) as meter:
             with self._timed("dense"):
                 dense = self._dense(meter)
             source = (
@@ -152,10 +151,11 @@ class _Search:
             )
             with self._timed("episodes"):
                 trials = self._episodes(problem, self._evaluator(compressor, source, meter))
-            with self._timed("refinement"):
-                refined = self._refine(trials, problem, compressor, meter)
             if isinstance(source, HybridLatency):
                 source.model.save(self.study.path / "latency_model.json")
+        with self._timed("refinement"), self._meter(device, store, THOROUGH) as meter:
+            self._dense(meter)
+            refined = self._refine(trials, problem, compressor, meter)
         best_trial = best_of(trials)
         assert best_trial is not None
         best = best_refined(refined, settings.budget)
@@ -171,6 +171,9 @@ class _Search:
             path=self.study.path,
             seconds=self.seconds,
         )
+
+    def _meter(self, device: Device, store: MeasurementStore, timing: MeasurementSettings) -> LatencyMeter:
+        return LatencyMeter(device, self.target, store, self.model.input_spec.shape, timing)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -260,7 +263,8 @@ class _Search:
 
         evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
         rules, budget = rules_for(self.target), self.settings.budget
+        likely = confirm(trials, evaluator, self.settings)
         chosen = [
-            spend_budget(trial, problem, rules, evaluator, budget) for trial in choose(trials, self.settings)
+            spend_budget(trial, problem, rules, evaluator, budget) for trial in choose(likely, self.settings)
         ]
         return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)
