@@ -11,7 +11,6 @@ trained by train.py; nothing is trained here and no image is looked at after the
 import argparse
 import itertools
 import json
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from tvm_compress.fastlc.learn import learn
 from tvm_compress.fastlc.quadratic import QuadraticModel
 from tvm_compress.fastlc.schemes import compress_weights
 from tvm_compress.fastlc.settings import FastLcSettings
+from tvm_compress.files import write_text
 from tvm_compress.model import Model
 from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.passes.pipeline import build
@@ -67,9 +67,7 @@ class Bench:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         result = make()
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, json.dumps(result, indent=1) + "\n")
         print(name, result, flush=True)
         return result
 

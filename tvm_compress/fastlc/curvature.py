@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import tvm
 
 from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.fastlc.square_sums import sum_of_squares
+from tvm_compress.files import replacing
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.passes.policy import fingerprint
 from tvm_compress.passes.sites import find_sites
@@ -68,17 +68,14 @@ class Curvature:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is never seen half-written."""
-        path = Path(path)
         tensors = {f"gradient/{name}": value for name, value in self.gradient.items()}
         tensors |= {f"diagonal/{name}": value for name, value in self.diagonal.items()}
         record = {"model": self.model, "images": self.images, "draws": self.draws, "labels": self.labels}
         metadata = {"schema": SCHEMA, "record": json.dumps(record)}
-        temporary = path.with_name(path.name + ".part")
         try:
-            temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(f"The curvature cannot be written to {path}: {error}.") from error
 
     @classmethod
