@@ -18,7 +18,7 @@ INFORMATIVE, REDUNDANT = 100, 100
 CLUSTERS_PER_CLASS = 2
 SEPARATION = 2.4
 FLIPPED = 0.01
-EPOCHS, BATCH, RATE, L2 = 6, 256, 3e-3, 1e-3
+EPOCHS, BATCH, RATE, L2 = 4, 256, 3e-3, 1e-3
 
 
 def make_random(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -39,8 +39,8 @@ def make_random(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
         x[rows, :INFORMATIVE] = x[rows, :INFORMATIVE] @ mixing + centre
     combination = rng.uniform(-1, 1, (INFORMATIVE, REDUNDANT)).astype(np.float32)
     x[:, INFORMATIVE : INFORMATIVE + REDUNDANT] = x[:, :INFORMATIVE] @ combination
-    # Features in any order.
-    x = x[:, rng.permutation(FEATURES)]
+    # Features in any order, rows in one piece.
+    x = np.ascontiguousarray(x[:, rng.permutation(FEATURES)])
     y = (cluster % 2).astype(np.int64)
     flipped = rng.random(total) < FLIPPED
     y[flipped] = 1 - y[flipped]

@@ -125,7 +125,8 @@ def figure4(seeds: int, folder: Path) -> Part:
     runs = []
     for seed in range(seeds):
         runs.append(_figure4_seed(seed))
-        print(json.dumps({k: v for k, v in runs[-1].items() if k != "curves"}), flush=True)
+        read = {name: _read(curve).round(2).tolist() for name, curve in runs[-1]["curves"].items()}
+        print(json.dumps(runs[-1] | {"curves": read}), flush=True)
     accuracy = {
         name: np.array([_read(run["curves"][name]) for run in runs])
         for name in ("active", "random", "magnitude")

@@ -5,10 +5,12 @@ Source: TOCO, Algorithm 1. What differs from the paper:
 - The loop ends as soon as one of its three conditions fails. Erratum: the paper joins them with "or", its
   text says that each of them ends the loop.
 - The budget is the room below the loss bound times a gain. The sum of |g| τ bounds the loss for the worst
-  signs of all moves; real moves cancel. An accepted iteration that used less than half of the room quadruples
-  the gain, a rejected one halves it (never below 1, the paper's value). The loss is evaluated in any case.
-- The loss bound also rises after `PATIENCE` iterations in a row that were rejected: where groups are large,
-  the loss may jump past it instead of coming close. It rises to its last value exactly, and no further.
+  signs of all moves; real moves cancel. An accepted iteration that used less than half of the room raises the
+  gain (x 2, or x 4 if it changed hardly anything), a rejected one lowers it (/ 4); the trust radius is halved
+  where the gain is 1, the paper's value, already. The loss is evaluated in any case.
+- The loss bound also rises after `PATIENCE` rejected iterations without progress between them: where groups
+  are large, the loss may jump past it instead of coming close. It rises to its last value exactly, and no
+  further.
 - |g| is the root mean square over a few batches (one batch, as in the paper, by `batches=1`).
 """
 
@@ -32,8 +34,10 @@ from tvm_compress.twin import Twin
 CLOSE = 0.1
 # The trust radius ends the loop at this share of its first value.
 LEAST_RADIUS = 1e-3
-# Rejected iterations in a row after which the loss bound rises.
+# Rejected iterations without progress between them after which the loss bound rises.
 PATIENCE = 4
+# An accepted iteration that removes less than this share of what is left is no progress.
+PROGRESS = 1e-3
 LARGEST_GAIN = 2.0**40
 
 
@@ -162,12 +166,14 @@ class Algorithm1:
         if accepted:
             room = state.loss_bound - state.loss
             timid = room > 0 and loss - state.loss < room / 2
+            old = self._model.size(before)
+            progress = old - self._model.size(tried) > PROGRESS * old
             state.compressed, state.logits, state.loss = tried, logits, loss
             state.trust_radius = min(2 * radius, self._first_radius / self._settings.trust_radius)
-            state.gain = min(4 * gain, LARGEST_GAIN) if timid else gain
-            state.rejected = 0
+            state.gain = min((2 if progress else 4) * gain, LARGEST_GAIN) if timid else gain
+            state.rejected = 0 if progress else state.rejected
         else:
-            state.trust_radius, state.gain = radius / 2, max(1.0, gain / 2)
+            state.trust_radius, state.gain = (radius / 2, gain) if gain == 1 else (radius, max(1.0, gain / 4))
             state.rejected += 1
         state.importance.update(self._model.costs(before), self._model.costs(state.compressed))
         self._raise_bound(state, loss)
@@ -185,9 +191,7 @@ class Algorithm1:
         raised = state.loss_bound * self._settings.sigma
         # The last step is shortened to end on the bound; the one after it leaves the loop.
         state.loss_bound = min(raised, last) if state.loss_bound < last else raised
-        if state.rejected >= PATIENCE:
-            state.trust_radius = min(state.trust_radius * 2**PATIENCE, self._first_radius)
-            state.rejected = 0
+        state.rejected = 0
 
     def _tolerances(self, state: State, budget: float) -> dict[str, np.ndarray]:
         """Return τ of every weight: one problem over all the parameters."""
