@@ -15,6 +15,7 @@ import platformdirs
 from tvm_compress.data.dataset import Normalization, Split
 from tvm_compress.data.idx import FASHION_CLASSES, read_idx_part
 from tvm_compress.data.split import Source, split_source
+from tvm_compress.files import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
@@ -84,6 +85,5 @@ def _decode(archive: Path, target: Path) -> None:
     for part in images:
         arrays[f"x_{part}"] = np.stack(images[part])
         arrays[f"y_{part}"] = np.asarray([names.index(label) for label in labels[part]], np.int64)
-    unfinished = target.with_name("unfinished-" + target.name)
-    np.savez_compressed(unfinished, **arrays)
-    os.replace(unfinished, target)
+    with replacing(target) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)

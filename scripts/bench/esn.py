@@ -8,7 +8,6 @@ short: 25,000 of the training images, 4 epochs, one thread; the paper takes 4 ep
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from train import as_model, load_resnet18
 
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
 from tvm_compress.data.dataset import Split
+from tvm_compress.files import write_text
 from tvm_compress.metrics.esn import esn_a, esn_a_from_noise, mid_rise
 from tvm_compress.metrics.esn_training import EsnRecord
 from tvm_compress.model import Model
@@ -66,11 +66,8 @@ class Bench:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def keep(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result; it is never seen half-written."""
-        path = self.folder / f"{name}.json"
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        """Keep a result."""
+        write_text(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
         print(name, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, flush=True)
         return result
 

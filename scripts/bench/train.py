@@ -9,7 +9,6 @@ fixed, one thread is used: the same machine gives the same weights. Other benchm
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from tvm_compress.data.dataset import Dataset
+from tvm_compress.files import replacing, write_text
 from tvm_compress.model import Model
 
 SEED = 0
@@ -110,16 +110,15 @@ class _Run:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint; it is never seen half-written."""
-        unfinished = path.with_name("unfinished-" + path.name)
+        """Write the checkpoint."""
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "seconds": self.seconds,
         }
-        torch.save(state, unfinished)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            torch.save(state, unfinished)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one."""
@@ -206,10 +205,10 @@ def train(name: str, cache: Path, shared: Path | None = None) -> dict[str, Any]:
         "note": spec.note,
     }
     # The record first: what has weights has a record.
-    (cache / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(cache / f"{name}.json", json.dumps(record, indent=1) + "\n")
     weights = {key: value.contiguous() for key, value in run.network.state_dict().items()}
-    save_file(weights, cache / f"unfinished-{name}.safetensors")
-    os.replace(cache / f"unfinished-{name}.safetensors", cache / f"{name}.safetensors")
+    with replacing(cache / f"{name}.safetensors") as unfinished:
+        save_file(weights, unfinished)
     checkpoint.unlink(missing_ok=True)
     return record
 

@@ -8,7 +8,6 @@ the noise; what noise a layer bears there, it may bear from a quantizer.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from tvm_compress.errors import DataError, SettingError
+from tvm_compress.files import write_text
 from tvm_compress.metrics.esn import esn_a, esn_a_from_noise, filter_steps, mid_rise
 
 VERSION = 1
@@ -75,15 +75,7 @@ class EsnRecord:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a file; it is never seen half-written."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EsnRecord":
