@@ -20,8 +20,8 @@ from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.refine import best_refined, choose
-from tvm_compress.search.results import ProgressEvent, SearchResult, Trial
+from tvm_compress.search.refine import best_refined
+from tvm_compress.search.results import ProgressEvent, SearchResult
 from tvm_compress.search.run import run_search
 from tvm_compress.search.sensitivity import analyse, from_json, kl_divergence, labelled, to_json, variants
 from tvm_compress.search.settings import SearchSettings
@@ -192,7 +192,7 @@ def test_killed_search_decides_the_same_afterwards(studied, model, split, tmp_pa
 
 def test_on_the_emulated_core_one_seed_gives_one_result_also_when_killed(model, split, tmp_path):
     settings = dataclasses.replace(
-        SETTINGS, device="emulated-a72", latency="hybrid", measure_every=3, finetune_epochs=0, refine_pareto=0
+        SETTINGS, device="emulated-a72", latency="hybrid", measure_every=3, finetune_epochs=0, refine=1
     )
     whole = run_search(model, split, settings, tmp_path / "whole")
 
@@ -223,7 +223,7 @@ def test_the_other_agents_leave_what_is_not_theirs(agent, model, split, tmp_path
 
 
 def test_hybrid_measures_the_first_and_predicts_others(model, split, tmp_path):
-    settings = dataclasses.replace(SETTINGS, latency="hybrid", episodes=8, finetune_epochs=0, refine_pareto=0)
+    settings = dataclasses.replace(SETTINGS, latency="hybrid", episodes=8, finetune_epochs=0, refine=1)
     result = run_search(model, split, settings, tmp_path)
     kinds = [trial.result.latency_kind for trial in result.trials]
     assert kinds[:2] == ["measured", "measured"]
@@ -313,28 +313,6 @@ def test_choice_prefers_accuracy_within_the_budget(studied):
     slow, good, fast = refined(0.95, 0.7, 0.9), refined(0.9, 0.4, 0.1), refined(0.85, 0.5, 0.8)
     assert best_refined([slow, fast, good], 0.5) is good
     assert best_refined([slow, refined(0.9, 0.8, 0.2)], 0.5) is slow
-
-
-def test_trials_to_refine_are_different_and_near_the_budget(studied):
-    result, _ = studied
-    base = result.trials[0]
-
-    def trial(episode: int, accuracy: float, ratio: float, reward: float, bits: int) -> Trial:
-        outcome = dataclasses.replace(base.result, accuracy=accuracy, ratio=ratio, latency=ratio)
-        policy = CompressionPolicy(sites={"conv1": SitePolicy(None, None, "bitserial", bits, bits)})
-        return dataclasses.replace(base, episode=episode, policy=policy, result=outcome, reward=reward)
-
-    trials = [
-        trial(0, 0.90, 0.50, 0.90, 3),
-        trial(1, 0.90, 0.50, 0.90, 3),  # the same sites
-        trial(2, 0.95, 0.60, 0.30, 4),  # over the budget
-        trial(3, 0.92, 0.45, 0.60, 5),
-        trial(4, 0.80, 0.20, -1.0, 6),
-    ]
-    settings = dataclasses.replace(SETTINGS, budget=0.5, refine_top=1, refine_pareto=1)
-    assert [t.episode for t in choose(trials, settings)] == [0, 3]
-    slow = [dataclasses.replace(t, result=dataclasses.replace(t.result, ratio=2.0)) for t in trials]
-    assert len(choose(slow, settings)) == 2
 
 
 def test_search_without_anything_to_prune(split, tmp_path):

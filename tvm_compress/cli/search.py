@@ -118,7 +118,7 @@ def demo(
         threads=threads,
         latency="hybrid",
         finetune_epochs=16,
-        refine_pareto=0,
+        refine=1,
     )
     # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core
     # that something else keeps busy costs a multiple.

@@ -29,11 +29,12 @@ from tvm_compress.search import sensitivity as sensitivity_analysis
 from tvm_compress.search.agents import make_agent
 from tvm_compress.search.environment import CompressionEnv
 from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
+from tvm_compress.search.fit import BudgetFit, choose, likely_winners
 from tvm_compress.search.latency import SHORT, THOROUGH, HybridLatency, LatencyMeter, MeasuredLatency
 from tvm_compress.search.loop import run_episodes
 from tvm_compress.search.observation import SiteObservation, tolerance_statistics
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.refine import best_refined, choose, confirm, refine, spend_budget
+from tvm_compress.search.refine import best_refined, refine
 from tvm_compress.search.results import (
     MEASURED,
     EpisodeResult,
@@ -262,9 +263,7 @@ class _Search:
             self.progress(ProgressEvent("refine", done, total, text=text))
 
         evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
-        rules, budget = rules_for(self.target), self.settings.budget
-        likely = confirm(trials, evaluator, self.settings)
-        chosen = [
-            spend_budget(trial, problem, rules, evaluator, budget) for trial in choose(likely, self.settings)
-        ]
+        fit = BudgetFit(problem, rules_for(self.target), evaluator, self.settings)
+        fitted = [fit.fit(trial) for trial in likely_winners(trials, self.settings)]
+        chosen = choose(fitted, self.settings)
         return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)

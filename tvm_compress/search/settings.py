@@ -14,7 +14,7 @@ ROUNDINGS = (1, 8, 32)
 DEFAULT_TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 
 # What may differ when a study is opened again: how long it runs and what is done with its winners.
-RESUMABLE = frozenset({"episodes", "finetune_epochs", "finetune_lr", "refine_top", "refine_pareto"})
+RESUMABLE = frozenset({"episodes", "finetune_epochs", "finetune_lr", "refine"})
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class SearchSettings:
     calibration_images, validation_images, sensitivity_images
         How many images calibrate the ranges (and re-estimate batch norm), give the accuracy of an episode
         (0: the whole validation set), and give the sensitivities.
-    finetune_epochs, finetune_lr, refine_top, refine_pareto
-        After the search: epochs and learning rate of the fine-tuning, and how many policies get it, by reward
-        and of the Pareto set (see `refine.choose`).
+    finetune_epochs, finetune_lr, refine
+        After the search: epochs and learning rate of the fine-tuning, and how many policies get it (see
+        `fit.likely_winners`).
     measure_first, measure_every
         In "hybrid": the first episodes and every n-th are measured, besides each new best one.
     """
@@ -85,8 +85,7 @@ class SearchSettings:
     sensitivity_images: int = 128
     finetune_epochs: int = 6
     finetune_lr: float = 0.04
-    refine_top: int = 1
-    refine_pareto: int = 1
+    refine: int = 2
     measure_first: int = 8
     measure_every: int = 8
 
@@ -148,8 +147,7 @@ _INTEGERS: tuple[tuple[str, int, int], ...] = (
     ("validation_images", 0, 10**9),
     ("sensitivity_images", 1, 10**9),
     ("finetune_epochs", 0, 100_000),
-    ("refine_top", 1, 1000),
-    ("refine_pareto", 0, 1000),
+    ("refine", 1, 1000),
     ("measure_first", 1, 1_000_000),
     ("measure_every", 1, 1_000_000),
 )

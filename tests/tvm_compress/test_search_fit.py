@@ -1,0 +1,106 @@
+"""Trials are measured anew and fitted to the budget before one is chosen."""
+
+import dataclasses
+
+import pytest
+
+from tests.tvm_compress.search_doubles import FormulaEvaluator, problem
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.fit import BudgetFit, choose, likely_winners
+from tvm_compress.search.results import Trial
+from tvm_compress.search.settings import SearchSettings
+
+SHARES = {0.25: 0.1, 0.5: 0.3, 0.75: 0.9}
+# The middle set is the one that bears the least: it goes last.
+SENSITIVITY = {
+    "stem": {"pruning": {share: 2 * omega for share, omega in SHARES.items()}},
+    "conv1": {"pruning": SHARES},
+    "conv2": {"pruning": {share: 1000 * omega for share, omega in SHARES.items()}},
+}
+NETWORK = problem(sensitivity=SENSITIVITY)
+RULES = rules_for(parse_target("host"))
+
+
+def trial(episode: int = 0, **channels: int) -> Trial:
+    sites = {site.name: SitePolicy(channels.get(site.name)) for site in NETWORK.sites}
+    policy = CompressionPolicy(sites, target="host", rounding=8)
+    result = FormulaEvaluator(NETWORK).evaluate(policy, episode)
+    return Trial(episode, "search", policy, [], result, 0.0, 0.0)
+
+
+def fit(one: Trial, budget: float, agent: str = "joint", evaluator: FormulaEvaluator | None = None) -> Trial:
+    network = dataclasses.replace(NETWORK, agent=agent)
+    settings = SearchSettings(budget=budget, agent=agent)
+    return BudgetFit(network, RULES, evaluator or FormulaEvaluator(network), settings).fit(one)
+
+
+def test_the_most_cut_sets_widen_first_while_the_budget_lasts() -> None:
+    cut = trial(stem=24, conv1=16, conv2=32, down=32)
+    # Each of the five sites is a fifth of the cost: there is room for conv1, not for conv2 and down besides.
+    budget = cut.result.ratio + 0.17
+    wide = fit(cut, budget)
+    assert wide.policy["conv1"].channels is None
+    assert wide.policy["conv2"].channels == wide.policy["down"].channels == 32
+    assert wide.policy["stem"].channels == 24
+    assert cut.result.ratio < wide.result.ratio <= budget
+
+
+def test_what_is_too_slow_loses_its_least_sensitive_channels() -> None:
+    slow = trial()
+    budget = slow.result.ratio * 0.8
+    narrow = fit(slow, budget)
+    assert narrow.result.ratio <= budget * 1.02
+    assert narrow.policy["conv2"].channels is None
+    assert narrow.policy["conv1"].channels is not None
+    assert narrow.policy["conv1"].channels < 64
+
+
+def test_a_budget_out_of_reach_ends() -> None:
+    evaluator = FormulaEvaluator(NETWORK)
+    narrow = fit(trial(), 0.01, evaluator=evaluator)
+    assert narrow.result.ratio > 0.01
+    assert evaluator.calls < 20
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0])
+def test_an_agent_that_must_not_prune_leaves_the_channels(budget: float) -> None:
+    whole = trial()
+    assert fit(whole, budget, agent="quantization").policy == whole.policy
+
+
+def test_a_lucky_measurement_is_found_out() -> None:
+    honest, lucky = trial(0, stem=16, conv1=16), trial(1, conv2=48, down=48)
+    flattered = dataclasses.replace(
+        lucky, result=dataclasses.replace(lucky.result, ratio=honest.result.ratio), reward=9.0
+    )
+    settings = SearchSettings(budget=honest.result.ratio, agent="quantization", refine=1)
+    assert choose([honest, flattered], settings) == [flattered]
+    network = dataclasses.replace(NETWORK, agent="quantization")
+    fitting = BudgetFit(network, RULES, FormulaEvaluator(network), settings)
+    fitted = [fitting.fit(t) for t in likely_winners([honest, flattered], settings)]
+    assert {t.episode: t.result.ratio for t in fitted}[1] == lucky.result.ratio
+    assert [t.episode for t in choose(fitted, settings)] == [0]
+
+
+def measured(episode: int, accuracy: float, ratio: float, reward: float, bits: int) -> Trial:
+    policy = CompressionPolicy(sites={"conv1": SitePolicy(None, None, "bitserial", bits, bits)})
+    base = trial(episode)
+    result = dataclasses.replace(base.result, accuracy=accuracy, ratio=ratio, latency=ratio)
+    return dataclasses.replace(base, policy=policy, result=result, reward=reward)
+
+
+def test_likely_winners_are_different_and_near_the_budget() -> None:
+    trials = [
+        measured(0, 0.90, 0.50, 0.90, 3),
+        measured(1, 0.90, 0.50, 0.90, 3),  # the same sites
+        measured(2, 0.95, 0.60, 0.30, 4),  # the fastest beyond the budget
+        measured(3, 0.92, 0.45, 0.60, 5),  # the most accurate within it
+        measured(4, 0.80, 0.20, -1.0, 6),
+        measured(5, 0.99, 0.90, -0.5, 2),
+    ]
+    settings = SearchSettings(budget=0.5, refine=1)
+    assert [t.episode for t in likely_winners(trials, settings)] == [0, 3, 2, 5]
+    assert [t.episode for t in choose(trials, settings)] == [3]
+    slow = [dataclasses.replace(t, result=dataclasses.replace(t.result, ratio=2.0)) for t in trials]
+    assert [t.episode for t in choose(slow, settings)] == [0]

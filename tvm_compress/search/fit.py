@@ -1,0 +1,166 @@
+"""From the trials of a search to the policies that are worth fine-tuning: measured anew and fitted.
+
+Widths come in steps and the agent hits the budget from either side. What is left of it is accuracy for
+nothing, and a policy a little over it is not lost: its least sensitive channels go.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from tvm_compress.passes.groups import CoupledSet
+from tvm_compress.passes.policy import BitserialRules, CompressionPolicy, channels_after
+from tvm_compress.search.environment import reward_of
+from tvm_compress.search.problem import SearchProblem
+from tvm_compress.search.results import Evaluator, Trial, pareto_front
+from tvm_compress.search.settings import SearchSettings
+
+# A latency that exceeds the budget by no more than this share still meets it: as close as a measurement is.
+BUDGET_TOLERANCE = 0.02
+
+# Narrowing steps of one policy at most.
+MAX_STEPS = 8
+
+# Added to a step's divergence, so that steps which cost none differ by what they save.
+_LEAST_DIVERGENCE = 1e-4
+
+
+def meets_budget(ratio: float, budget: float) -> bool:
+    """Whether a latency ratio keeps to the budget, a measurement's error allowed."""
+    return ratio <= budget * (1.0 + BUDGET_TOLERANCE)
+
+
+def likely_winners(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
+    """Trials that are worth a second look: more than will be fine-tuned.
+
+    Twice as many of the highest rewards, and as many of the Pareto set next to the budget: the fastest beyond
+    it and the most accurate within it, in turn. Trials with the same sites count once.
+    """
+    wanted = 2 * settings.refine
+    by_reward = sorted(trials, key=lambda t: (-t.reward, t.episode))
+    front = pareto_front(list(trials))
+    within = [t for t in reversed(front) if meets_budget(t.result.ratio, settings.budget)]
+    beyond = [t for t in front if not meets_budget(t.result.ratio, settings.budget)]
+    near = [t for pair in _zip_longest(beyond, within) for t in pair]
+    chosen: list[Trial] = []
+    for candidates in (by_reward, near):
+        target = len(chosen) + wanted
+        for trial in candidates:
+            if len(chosen) == target:
+                break
+            if all(trial.policy.sites != other.policy.sites for other in chosen):
+                chosen.append(trial)
+    return chosen
+
+
+def _zip_longest(first: Sequence[Trial], second: Sequence[Trial]) -> Iterator[list[Trial]]:
+    for index in range(max(len(first), len(second))):
+        yield [*first[index : index + 1], *second[index : index + 1]]
+
+
+def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
+    """Pick the trials to fine-tune: the most accurate within the budget, then the highest rewards."""
+    within = [t for t in trials if meets_budget(t.result.ratio, settings.budget)]
+    others = [t for t in trials if not meets_budget(t.result.ratio, settings.budget)]
+    within.sort(key=lambda t: (-t.result.accuracy, t.episode))
+    others.sort(key=lambda t: (-t.reward, t.episode))
+    return [*within, *others][: settings.refine]
+
+
+class BudgetFit:
+    """Widens or narrows policies until they use the budget, each step measured.
+
+    Parameters
+    ----------
+    rules
+        Of the target: changed widths may make bit-serial sites legal or not.
+    evaluator
+        One that measures thoroughly: of many short measurements (or predictions) those that look best are
+        also the luckiest, and what is chosen by them alone would miss the budget on the day.
+    """
+
+    def __init__(
+        self, problem: SearchProblem, rules: BitserialRules, evaluator: Evaluator, settings: SearchSettings
+    ) -> None:
+        self._problem = problem
+        self._rules = rules
+        self._evaluator = evaluator
+        self._settings = settings
+
+    def fit(self, trial: Trial) -> Trial:
+        """Measure a trial again and fit its channels to the budget, if the agent may prune."""
+        trial = self._judged(trial, trial.policy)
+        if "pruning" not in self._problem.actions:
+            return trial
+        steps = 0
+        while not meets_budget(trial.result.ratio, self._settings.budget) and steps < MAX_STEPS:
+            narrower = self._narrower(trial.policy)
+            if narrower is None:
+                return trial
+            trial = self._judged(trial, narrower)
+            steps += 1
+        return self._widened(trial)
+
+    def _judged(self, trial: Trial, policy: CompressionPolicy) -> Trial:
+        result = self._evaluator.evaluate(policy, trial.episode)
+        reward = reward_of(result, self._settings.budget, self._settings.beta)
+        return replace(trial, policy=policy, result=result, reward=reward)
+
+    def _widened(self, trial: Trial) -> Trial:
+        """Give channels back, set by set, the most cut first, as long as the budget lasts."""
+        if not meets_budget(trial.result.ratio, self._settings.budget):
+            return trial
+        cut = [group for group in self._problem.sets if _removed(trial.policy, group) > 0]
+        for group in sorted(cut, key=lambda one: -_removed(trial.policy, one)):
+            wider = self._judged(trial, self._with_channels(trial.policy, group, None))
+            if wider.result.ratio <= self._settings.budget and (
+                wider.result.accuracy >= trial.result.accuracy
+            ):
+                trial = wider
+        return trial
+
+    def _narrower(self, policy: CompressionPolicy) -> CompressionPolicy | None:
+        """Take one step off the set that loses the least divergence for the MACs that it saves."""
+        options = []
+        macs = self._macs(policy)
+        for group in self._problem.sets:
+            if not group.prunable:
+                continue
+            divergences = {0.0: 0.0, **self._divergences(group)}
+            removed = max(share for share in divergences if share <= _removed(policy, group) + 1e-6)
+            further = [share for share in divergences if share > _removed(policy, group) + 1e-6]
+            if not further:
+                continue
+            share = min(further)
+            candidate = self._with_channels(policy, group, round((1 - share) * group.channels))
+            lost = max(divergences[share] - divergences[removed], 0.0) + _LEAST_DIVERGENCE
+            options.append((lost / max(macs - self._macs(candidate), 1.0), group.name, candidate))
+        return min(options, key=lambda option: option[:2])[2] if options else None
+
+    def _divergences(self, group: CoupledSet) -> dict[float, float]:
+        for name in group.producers:
+            table = self._problem.sensitivity.get(name, {}).get("pruning")
+            if table:
+                return dict(table)
+        return {}
+
+    def _with_channels(
+        self, policy: CompressionPolicy, group: CoupledSet, channels: int | None
+    ) -> CompressionPolicy:
+        sites = dict(policy.sites)
+        for name in group.producers:
+            sites[name] = replace(policy[name], channels=channels, kept=None)
+        changed = replace(policy, sites=sites)
+        return changed.legalize(self._problem.sites, self._rules, self._problem.sets)
+
+    def _macs(self, policy: CompressionPolicy) -> float:
+        left = channels_after(self._problem.sites, self._problem.sets, policy)
+        return sum(
+            site.macs * (left[site.name][0] / site.in_channels) * (left[site.name][1] / site.out_channels)
+            for site in self._problem.sites
+        )
+
+
+def _removed(policy: CompressionPolicy, group: CoupledSet) -> float:
+    """Share of a set's channels that a policy removes."""
+    counts = [n for n in (policy[name].channels for name in group.producers) if n is not None]
+    return 1 - min(counts, default=group.channels) / group.channels
