@@ -173,6 +173,7 @@ def _figure4_seed(seed: int) -> dict[str, Any]:
             images=0,
             share=0.01,
             batches=1,
+            memory=0.0,
             batch_size=32,
             seed=seed,
         )

@@ -205,6 +205,7 @@ def test_labels_of_the_models_own(module, split):
         ({"sampling": "some"}, "some"),
         ({"percentile": 5.0}, "percentile"),
         ({"share": 0.0}, "share"),
+        ({"memory": 1.0}, "memory"),
         ({"iterations": 0}, "iterations"),
     ],
 )

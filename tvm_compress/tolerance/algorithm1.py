@@ -11,7 +11,9 @@ Source: TOCO, Algorithm 1. What differs from the paper:
 - The loss bound also rises after `PATIENCE` rejected iterations without progress between them: where groups
   are large, the loss may jump past it instead of coming close. It rises to its last value exactly, and no
   further.
-- |g| is the root mean square over a few batches (one batch, as in the paper, by `batches=1`).
+- |g| is the root mean square over a few batches, and over those of the iterations before with fading weights:
+  weights whose gradient comes out too small once would otherwise be pruned in some iteration or other. The
+  paper takes one batch and forgets it (`batches=1, memory=0`).
 """
 
 from collections.abc import Iterator
@@ -85,6 +87,7 @@ class State:
     rejected: int = 0
     number: int = 0
     importance: Importance = field(default_factory=Importance)
+    squares: dict[str, np.ndarray] = field(default_factory=dict)  # fading means of g²
 
 
 class Algorithm1:
@@ -216,13 +219,19 @@ class Algorithm1:
     def _gradients(self, state: State) -> dict[str, np.ndarray]:
         """Return |g| at the state's weights, by parameter."""
         self._write(state.compressed.weights)
-        squares: dict[str, np.ndarray] = {}
+        fresh: dict[str, np.ndarray] = {}
         batches = self._batches(state)
         for batch in batches:
             found = self._twin.gradients(self._x[batch], self._y[batch])
             for name in self._model.parameters:
-                squares[name] = squares.get(name, 0) + np.square(found[name], dtype=np.float32)
-        return {name: np.sqrt(square / len(batches)) for name, square in squares.items()}
+                fresh[name] = fresh.get(name, 0) + np.square(found[name], dtype=np.float32) / len(batches)
+        # Weights 1, m, m², ... of this iteration and those before, divided by their sum.
+        memory, count = self._settings.memory, state.number
+        kept = memory * (1 - memory**count) / (1 - memory ** (count + 1))
+        for name, square in fresh.items():
+            old = state.squares.get(name, np.float32(0))
+            state.squares[name] = (np.float32(kept) * old + np.float32(1 - kept) * square).astype(np.float32)
+        return {name: np.sqrt(square) for name, square in state.squares.items()}
 
     def _batches(self, state: State) -> list[np.ndarray | slice]:
         settings, n = self._settings, len(self._x)

@@ -38,6 +38,8 @@ class TocoSettings:
         Share of the images that the committee lets through (paper: 0.01).
     batches, batch_size
         Gradients per iteration; |g| is the root mean square over them. The paper takes one batch of 32.
+    memory
+        How much each iteration's squared gradients count in the next, in [0, 1); the paper's is 0.
     percentile
         Of a group's tolerances, for "quantize": 0 is the least, as in the paper.
     labels
@@ -64,6 +66,7 @@ class TocoSettings:
     share: float = 0.01
     batches: int = 8
     batch_size: int = 32
+    memory: float = 0.9
     percentile: float = 0.0
     labels: str = "data"
     seed: int = 0
@@ -90,6 +93,8 @@ class TocoSettings:
             raise SettingError(f"trust_radius is {self.trust_radius}, but must be in (0, 1].")
         if not 0 < self.share <= 1:
             raise SettingError(f"share is {self.share}, but must be in (0, 1].")
+        if not 0 <= self.memory < 1:
+            raise SettingError(f"memory is {self.memory}, but must be in [0, 1).")
         if not 0 <= self.percentile < 100:
             raise SettingError(f"percentile is {self.percentile}, but must be in [0, 100).")
         for name, least in (("iterations", 1), ("batches", 1), ("batch_size", 1), ("images", 0), ("seed", 0)):

@@ -77,7 +77,7 @@ class Trials:
             numbers = json.loads(str(arrays.pop("numbers")))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StudyError(f"{file} is damaged: {error}.", _ANOTHER) from error
-        parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "bits": {}, "importance": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"weights": {}, "bits": {}, "importance": {}, "squares": {}}
         for key, value in arrays.items():
             part, name = key.split("/", 1)
             parts[part][name] = value
@@ -85,6 +85,7 @@ class Trials:
         return State(
             Compressed(parts["weights"], parts["bits"]),
             np.zeros(0),
+            squares=parts["squares"],
             importance=Importance(parts["importance"], numbers["number"]),
             **numbers,
         )
@@ -111,6 +112,7 @@ class Trials:
             **{f"weights/{name}": value for name, value in state.compressed.weights.items()},
             **{f"bits/{name}": value for name, value in state.compressed.bits.items()},
             **{f"importance/{name}": value for name, value in state.importance.counts.items()},
+            **{f"squares/{name}": value for name, value in state.squares.items()},
             "numbers": np.array(json.dumps({name: getattr(state, name) for name in _NUMBERS})),
         }
         with replacing(self.path / "state.npz") as temporary, temporary.open("wb") as file:
