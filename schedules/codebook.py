@@ -1,14 +1,17 @@
 """Weights of fp32 kernels: constants, or indices into a codebook, which a kernel of its own expands."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import relax, te
+from tvm import relax, s_tir, te
+from tvm.tirx import PrimFunc
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules import kernel
+from tvm_compress.schedules.kernel import INFO
 from tvm_compress.schedules.ops import PREFIX
 
 LOOKUP = PREFIX + "lookup"
@@ -106,25 +109,39 @@ def _emit_expansion(
     while indices.shape[-1] % (8 // bits):
         bits *= 2
     packed = pack_indices(np.ascontiguousarray(indices), bits)
-    width, mask, rows = packed.shape[-1], 2**bits - 1, codebook.shape[0]
+    rows = codebook.shape[0]
     if rows > 1:
         # What only fills up reads some row: its results are cropped.
         codebook = np.pad(codebook, ((0, channels - rows), (0, 0)), mode="edge")
+    func = bb.add_func(_expansion_kernel(packed.shape, codebook.shape, bits, channel), "lookup_weights")
+    args = [relax.const(packed), relax.const(np.ascontiguousarray(codebook))]
+    return bb.emit(relax.call_tir(func, args, out_ty=relax.TensorType(indices.shape, "float32")))
 
-    def expand(stored: te.Tensor, values: te.Tensor) -> te.Tensor:
-        def value(*place: Any) -> Any:
-            *outer, last = place
-            byte = stored(*outer, last % width).astype("int32")
-            index = (byte >> (last // width * bits)) & mask if bits < 8 else byte
-            return values[channel(*place) if rows > 1 else 0, index]
 
-        return te.compute(indices.shape, value, name="lookup")
+def _expansion_kernel(
+    packed: tuple[int, ...], codebook: tuple[int, ...], bits: int, channel: Channel
+) -> PrimFunc:
+    """Return the scheduled PrimFunc (packed indices, codebook) -> weights."""
+    width, mask = packed[-1], 2**bits - 1
+    shape = (*packed[:-1], width * (8 // bits))
+    stored = te.placeholder(packed, "uint8", name="stored")
+    values = te.placeholder(codebook, "float32", name="values")
 
-    call = bb.call_te(
-        expand,
-        relax.const(packed),
-        relax.const(np.ascontiguousarray(codebook)),
-        primfunc_name_hint="lookup_weights",
-        primfunc_attrs={"op_pattern": _OPAQUE},
+    def value(*place: Any) -> Any:
+        *outer, last = place
+        byte = stored(*outer, last % width).astype("int32")
+        index = (byte >> (last // width * bits)) & mask if bits < 8 else byte
+        return values[channel(*place) if codebook[0] > 1 else 0, index]
+
+    sch = s_tir.Schedule(te.create_prim_func([stored, values, te.compute(shape, value, name="lookup")]))
+    loops = sch.get_loops(sch.get_sblock("lookup"))
+    # Cut where the shift changes: then shift and byte follow from the loops, without a division.
+    part, _ = sch.split(loops[-1], [8 // bits, width])
+    sch.unroll(part)
+    info = {"operator": "lookup", "weight_bits": bits}
+    func = sch.mod["main"].without_attr("global_symbol").with_attr("tirx.noalias", True)
+    return (
+        func.with_attr("op_pattern", _OPAQUE)
+        .with_attr("tirx.is_scheduled", True)
+        .with_attr(INFO, json.dumps(info))
     )
-    return bb.emit(call)

@@ -49,8 +49,8 @@ def module(lookup_is_constant: bool) -> object:
 def test_one_kernel_expands_and_one_multiplies() -> None:
     target: Target = parse_target("host")
     infos = kernel_infos(lower_to_kernels(module(True), target), target)
-    assert sorted(info.kind for info in infos) == ["dense_fp32", "elementwise"]
-    expansion = next(info for info in infos if info.kind == "elementwise")
+    assert sorted(info.kind for info in infos) == ["dense_fp32", "lookup"]
+    expansion = next(info for info in infos if info.kind == "lookup")
     assert expansion.name.startswith("lookup_weights")
     assert expansion.features["weight_bytes"] < 4 * expansion.features["output_bytes"]
 
