@@ -8,7 +8,7 @@ from tests.tvm_compress.search_doubles import FormulaEvaluator, problem
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search.fit import BudgetFit, choose, likely_winners
-from tvm_compress.search.results import Trial
+from tvm_compress.search.results import EpisodeResult, Trial
 from tvm_compress.search.settings import SearchSettings
 
 SHARES = {0.25: 0.1, 0.5: 0.3, 0.75: 0.9}
@@ -61,6 +61,26 @@ def test_a_budget_out_of_reach_ends() -> None:
     narrow = fit(trial(), 0.01, evaluator=evaluator)
     assert narrow.result.ratio > 0.01
     assert evaluator.calls < 20
+
+
+def test_bits_that_cost_nothing_are_given_back() -> None:
+    class Bytes(FormulaEvaluator):
+        """A machine that takes as long for 2 bits as for 6."""
+
+        def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
+            accurate = super().evaluate(policy, episode).accuracy
+            sites = {n: SitePolicy(s.channels, s.kept, "int8", 8, 8) for n, s in policy.sites.items()}
+            result = super().evaluate(dataclasses.replace(policy, sites=sites), episode)
+            return dataclasses.replace(result, accuracy=accurate)
+
+    coarse = trial()
+    sites = {n: SitePolicy(None, None, "bitserial", 2, 3) for n in coarse.policy.sites}
+    coarse = dataclasses.replace(coarse, policy=dataclasses.replace(coarse.policy, sites=sites))
+    fine = fit(coarse, 0.3, evaluator=Bytes(NETWORK))
+    assert {(s.weight_bits, s.activation_bits) for s in fine.policy.sites.values()} == {(6, 6)}
+    # Here they cost, and the budget is spent.
+    cost = FormulaEvaluator(NETWORK).evaluate(coarse.policy, 0).ratio
+    assert fit(coarse, cost).policy == coarse.policy
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])

@@ -67,7 +67,7 @@ def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
 
 
 class BudgetFit:
-    """Widens or narrows policies until they use the budget, each step measured.
+    """Makes policies finer and wider, or narrower, until they use the budget, each step measured.
 
     Parameters
     ----------
@@ -87,43 +87,63 @@ class BudgetFit:
         self._settings = settings
 
     def fit(self, trial: Trial) -> Trial:
-        """Measure a trial again and fit its channels to the budget, if the agent may prune."""
+        """Measure a trial again and fit what the agent decides, bits and channels, to the budget."""
         trial = self._judged(trial, trial.policy)
-        if "pruning" not in self._problem.actions:
-            return trial
-        steps = 0
-        while not meets_budget(trial.result.ratio, self._settings.budget) and steps < MAX_STEPS:
-            narrower = self._narrower(trial.policy)
-            if narrower is None:
-                return trial
-            trial = self._judged(trial, narrower)
-            steps += 1
-        return self._widened(trial)
+        finer = self._with_most_bits(trial.policy)
+        if finer is not None:
+            trial = self._better(trial, finer)
+        budget = self._settings.budget
+        return self._widened(trial) if meets_budget(trial.result.ratio, budget) else self._narrowed(trial)
 
     def _judged(self, trial: Trial, policy: CompressionPolicy) -> Trial:
         result = self._evaluator.evaluate(policy, trial.episode)
         reward = reward_of(result, self._settings.budget, self._settings.beta)
         return replace(trial, policy=policy, result=result, reward=reward)
 
+    def _better(self, trial: Trial, policy: CompressionPolicy) -> Trial:
+        """Give the trial of a finer or wider policy if that keeps to the budget and is as accurate."""
+        other = self._judged(trial, policy)
+        most = max(self._settings.budget, trial.result.ratio * (1 + BUDGET_TOLERANCE))
+        within = other.result.ratio <= most
+        return other if within and other.result.accuracy >= trial.result.accuracy else trial
+
     def _widened(self, trial: Trial) -> Trial:
         """Give channels back, set by set, the most cut first, as long as the budget lasts."""
-        if not meets_budget(trial.result.ratio, self._settings.budget):
-            return trial
         cut = [group for group in self._problem.sets if _removed(trial.policy, group) > 0]
         for group in sorted(cut, key=lambda one: -_removed(trial.policy, one)):
-            wider = self._judged(trial, self._with_channels(trial.policy, group, None))
-            if wider.result.ratio <= self._settings.budget and (
-                wider.result.accuracy >= trial.result.accuracy
-            ):
+            wider = self._better(trial, self._with_channels(trial.policy, group, None))
+            if meets_budget(wider.result.ratio, self._settings.budget):
                 trial = wider
         return trial
+
+    def _narrowed(self, trial: Trial) -> Trial:
+        """Take channels, step by step, until the budget is met or nothing is left to take."""
+        for _ in range(MAX_STEPS):
+            policy = self._narrower(trial.policy)
+            if policy is None:
+                break
+            trial = self._judged(trial, policy)
+            if meets_budget(trial.result.ratio, self._settings.budget):
+                break
+        return trial
+
+    def _with_most_bits(self, policy: CompressionPolicy) -> CompressionPolicy | None:
+        # Where kernels multiply bytes, a site of 2 bits takes as long as one of 6.
+        most = self._problem.max_bits
+        sites = {
+            name: replace(site, weight_bits=most, activation_bits=most)
+            if site.scheme == "bitserial"
+            else site
+            for name, site in policy.sites.items()
+        }
+        return None if sites == policy.sites else replace(policy, sites=sites)
 
     def _narrower(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         """Take one step off the set that loses the least divergence for the MACs that it saves."""
         options = []
         macs = self._macs(policy)
         for group in self._problem.sets:
-            if not group.prunable:
+            if not group.prunable or "pruning" not in self._problem.actions:
                 continue
             divergences = {0.0: 0.0, **self._divergences(group)}
             removed = max(share for share in divergences if share <= _removed(policy, group) + 1e-6)
