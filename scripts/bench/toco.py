@@ -2,10 +2,12 @@
 
 usage: python scripts/bench/toco.py [--json docs/figures/toco.json] [--only solver|figure4 ...] [--seeds 5]
 
-A part that is run replaces its own entries in the JSON; the others stay as they are.
+A part that is run replaces its own entries in the JSON; the others stay. Finished seeds are kept in
+the benches' cache, so that an interrupted run goes on.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -19,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import tvm
-from bench_data import ROOT
+from bench_data import ROOT, cache_folder
 from figures import Figure, write
 from random_data import make_random, sigmoid_layer
 
+from tvm_compress.files import write_text
 from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.tolerance.algorithm1 import Algorithm1
 from tvm_compress.tolerance.baselines import global_masks
@@ -124,7 +127,7 @@ def figure4(seeds: int, folder: Path) -> Part:
     """Active against random batches against magnitude on the Random data set."""
     runs = []
     for seed in range(seeds):
-        runs.append(_figure4_seed(seed))
+        runs.append(_finished(f"figure4-{seed}", lambda seed=seed: _figure4_seed(seed)))
         read = {name: _read(curve).round(2).tolist() for name, curve in runs[-1]["curves"].items()}
         print(json.dumps(runs[-1] | {"curves": read}), flush=True)
     accuracy = {
@@ -155,6 +158,18 @@ def figure4(seeds: int, folder: Path) -> Part:
         )
     table = {name: {"mean": v.mean(0).tolist(), "std": v.std(0).tolist()} for name, v in accuracy.items()}
     return figures, {"sparsity": list(GRID), "accuracy": table, "runs": runs}
+
+
+def _finished(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Result of a run, read from the cache where the same code has finished it before."""
+    sources = [*sorted((ROOT / "tvm_compress" / "tolerance").glob("*.py")), Path(__file__)]
+    sources.append(Path(__file__).with_name("random_data.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    file = cache_folder() / "toco" / f"{name}-{digest}.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, json.dumps(run()) + "\n")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _figure4_seed(seed: int) -> dict[str, Any]:
