@@ -100,7 +100,7 @@ def demo(
     study: Annotated[
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
-    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 28,
+    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 20,
     budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.48,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
@@ -117,7 +117,7 @@ def demo(
         seed=seed,
         threads=threads,
         latency="hybrid",
-        finetune_epochs=16,
+        finetune_epochs=14,
         refine=1,
     )
     # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core

@@ -32,18 +32,17 @@ def meets_budget(ratio: float, budget: float) -> bool:
 def likely_winners(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
     """Trials that are worth a second look: more than will be fine-tuned.
 
-    Twice as many of the highest rewards, and as many of the Pareto set next to the budget: the fastest beyond
+    As many of the highest rewards, and twice as many of the Pareto set next to the budget: the fastest beyond
     it and the most accurate within it, in turn. Trials with the same sites count once.
     """
-    wanted = 2 * settings.refine
     by_reward = sorted(trials, key=lambda t: (-t.reward, t.episode))
     front = pareto_front(list(trials))
     within = [t for t in reversed(front) if meets_budget(t.result.ratio, settings.budget)]
     beyond = [t for t in front if not meets_budget(t.result.ratio, settings.budget)]
     near = [t for pair in _zip_longest(beyond, within) for t in pair]
     chosen: list[Trial] = []
-    for candidates in (by_reward, near):
-        target = len(chosen) + wanted
+    for candidates, count in ((by_reward, settings.refine), (near, 2 * settings.refine)):
+        target = len(chosen) + count
         for trial in candidates:
             if len(chosen) == target:
                 break
