@@ -47,10 +47,9 @@ class QuadraticModel:
     def loss(self, values: np.ndarray) -> float:
         """`L̃` at other weights: the change of the loss that the model predicts."""
         change = np.ravel(values - self.weights)
-        slope = 0.5 * change
-        slope *= self.curvature.ravel()
-        slope += self.gradient.ravel()
-        return float(slope @ change)
+        slope = float(self.gradient.ravel() @ change)
+        bend = change * self.curvature.ravel()
+        return slope + 0.5 * float(bend @ change)
 
     def penalty(self, metric: str) -> np.ndarray:
         """What μ is multiplied with, weight by weight; μ itself has no unit.
