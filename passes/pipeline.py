@@ -24,6 +24,7 @@ from tvm_compress.passes.insert_qdq import InsertQDQ
 from tvm_compress.passes.params import bind_params, get_stage, require_stage, with_stage
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.prune_channels import PruneChannels
+from tvm_compress.passes.prune_weights import PruneWeights, find_masks
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos, lower_to_kernels
@@ -123,6 +124,9 @@ def compress(
             f"Site {quantized[0]!r} is quantized, but there is no calibration.",
             "Give the ranges of its input (tvm_compress.calibration.calibrate).",
         )
+    masks = find_masks(module, policy)
+    if masks:
+        module = run("prune_weights", PruneWeights(masks), module)
     module = run("prune_channels", PruneChannels(policy, scores), module)
     if any(site.rank is not None for site in policy.sites.values()):
         module = run("factorize", Factorize(policy), module)

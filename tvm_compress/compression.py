@@ -12,7 +12,7 @@ import tvm
 from tvm_compress.artifact import Artifact
 from tvm_compress.compressor import Compressor, Training, realize
 from tvm_compress.data.dataset import Dataset, Split
-from tvm_compress.errors import ModelError, SettingError
+from tvm_compress.errors import ModelError, PolicyError, SettingError
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets, round_channels
@@ -110,13 +110,18 @@ def compress_model(
     Raises
     ------
     PolicyError
-        If the policy is of another model.
+        If the policy is of another model, or it prunes single weights and fine-tuning is wanted.
     ModelError
         If the model is compressed already.
     """
     if get_stage(model.module) != "float" or "policy" in model.metadata:
         raise ModelError("This model is compressed already.", "Give the dense model that it was made from.")
     policy.check(find_sites(model.module))
+    if finetune_epochs and any(site.weight_pruning_ratio for site in policy.sites.values()):
+        raise PolicyError(
+            "The policy prunes single weights (weight_pruning_ratio), which fine-tuning would fill again.",
+            "Leave --finetune-epochs at 0, or let --method toco prune: its fine-tuning keeps the zeros.",
+        )
     some = split.train.subset(images, np.random.default_rng(seed))
     x = some.normalized()
     scores = channel_scores(model.module, x, some.y, criterion=policy.criterion)

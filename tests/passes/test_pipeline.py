@@ -176,3 +176,13 @@ def test_bound_float_module_builds_too(residual):
     np.testing.assert_allclose(
         run(compiled.executable, residual.x), residual.expected(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_single_weights_are_pruned_before_the_channels(residual):
+    sites = find_sites(residual.module)
+    name = next(site.name for site in sites if site.kind == "conv2d")
+    policy = CompressionPolicy(sites={name: SitePolicy(weight_pruning_ratio=0.5)})
+    weight = get_params(compress(residual.module, policy))[f"{name}.weight"]
+    before = get_params(residual.module)[f"{name}.weight"]
+    assert np.count_nonzero(weight == 0) == weight.size // 2
+    assert np.abs(before[weight == 0]).max() <= np.abs(before[weight != 0]).min()

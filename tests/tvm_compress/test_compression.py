@@ -84,3 +84,9 @@ def test_policies_and_models_that_do_not_fit(sample: Model, split: Split) -> Non
     compressed = compress_model(sample, policy, split, images=32)
     with pytest.raises(ModelError, match="compressed already"):
         compress_model(compressed, policy, split)
+
+
+def test_fine_tuning_must_not_fill_pruned_weights(sample: Model, split: Split) -> None:
+    policy = CompressionPolicy(sites={"conv1": SitePolicy(weight_pruning_ratio=0.5)})
+    with pytest.raises(PolicyError, match="fine-tuning would fill"):
+        compress_model(sample, policy, split, finetune_epochs=1)
