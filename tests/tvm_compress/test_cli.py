@@ -106,6 +106,22 @@ class TestBadInput:
         ]
         expect_error(capsys, arguments, "layer9.conv")
 
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--method", "magic"], ("magic", "toco, fastlc, esn")),
+            (["--method", "toco", "--ratio", "2"], ("--ratio", "--method fastlc")),
+            (["--method", "fastlc", "--scheme", "kmeans", "--weight-bits", "4"], ("--weight-bits", "policy")),
+            (["--batches", "4"], ("--batches", "--method toco")),
+            (["--policy", "p.json", "--weight-bits", "4"], ("--policy", "--weight-bits")),
+            (["--method", "esn", "--mean-bits", "3", "--weight-bits", "4"], ("--mean-bits", "--weight-bits")),
+        ],
+    )
+    def test_options_of_another_method(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], words: tuple[str, ...]
+    ) -> None:
+        expect_error(capsys, ["compress", SAMPLE, "-o", str(tmp_path / "out"), *options], *words)
+
     @pytest.mark.parametrize("budget", ["0", "-0.5", "1.01", "nan"])
     def test_budget(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, budget: str) -> None:
         arguments = ["search", SAMPLE, "--study", "s", "--budget", budget, "--studies", str(tmp_path)]

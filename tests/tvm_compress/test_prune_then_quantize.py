@@ -211,4 +211,4 @@ def test_the_command_and_what_follows(
     assert main([*esn, "--esn-record", record]) == 2
     assert "--mean-bits" in capsys.readouterr().err
     assert main([*esn, "--policy", record]) == 2
-    assert "--policy says what is done" in capsys.readouterr().err
+    assert "--policy does not go with --method esn" in capsys.readouterr().err

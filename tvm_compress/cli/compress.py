@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tvm_compress.cli.load import epoch_lines, model_and_data
-from tvm_compress.cli.methods import run_esn, run_fastlc, run_toco
+from tvm_compress.cli.methods import METHODS, run_method
 from tvm_compress.cli.options import (
+    BatchesOption,
     CodebookBitsOption,
     CurvatureOption,
     DampingOption,
@@ -26,6 +26,7 @@ from tvm_compress.cli.options import (
     LayoutOption,
     LossBoundOption,
     MeanOption,
+    MemoryOption,
     MetricOption,
     ModelArgument,
     ObjectiveOption,
@@ -48,25 +49,11 @@ from tvm_compress.cli.options import (
     TrustRadiusOption,
 )
 from tvm_compress.cli.output import print_json, print_lines
-from tvm_compress.compression import (
-    compile_model,
-    compress_model,
-    compressed_model,
-    model_policy,
-    twin_logits,
-    uniform_policy,
-)
+from tvm_compress.compression import compile_model, model_policy, twin_logits
 from tvm_compress.data.dataset import Split
-from tvm_compress.errors import SettingError
-from tvm_compress.method import MethodResult
 from tvm_compress.metrics.cost import metrics
-from tvm_compress.metrics.esn_training import EsnRecord
 from tvm_compress.model import Model, load_model
-from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.prune_then_quantize import EsnSettings
-
-# What may decide how a model is compressed; "policy" is a given or a uniform one.
-METHODS = ("policy", "toco", "fastlc", "esn")
 
 
 def compress(
@@ -85,8 +72,8 @@ def compress(
     std: StdOption = None,
     split_seed: SplitSeedOption = 0,
     pruning_ratio: Annotated[
-        float, typer.Option(help="Share of the channels to remove, without --policy.")
-    ] = 0.0,
+        float | None, typer.Option(help="Share of the channels to remove, without --policy. Default 0.")
+    ] = None,
     weight_bits: Annotated[
         int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 4.")
     ] = None,
@@ -94,8 +81,9 @@ def compress(
         int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 8.")
     ] = None,
     rounding: Annotated[
-        int, typer.Option(help="Kept channels are rounded up to a multiple: 1, 8 or 32.")
-    ] = 8,
+        int | None,
+        typer.Option(help="Kept channels are rounded up to a multiple: 1, 8 or 32. Default 8."),
+    ] = None,
     criterion: Annotated[
         str | None,
         typer.Option(help="tolerance, l1 or l2: which channels go first. Default tolerance; esn: l2."),
@@ -108,8 +96,11 @@ def compress(
         float | None, typer.Option(help="Learning rate of the fine-tuning. Default 0.01; esn: 0.02.")
     ] = None,
     width: Annotated[
-        float, typer.Option(help="Share of the channels to keep.", rich_help_panel="esn")
-    ] = EsnSettings.width,
+        float | None,
+        typer.Option(
+            help=f"Share of the channels to keep. Default {EsnSettings.width}.", rich_help_panel="esn"
+        ),
+    ] = None,
     mean_bits: Annotated[
         float | None,
         typer.Option(
@@ -126,8 +117,12 @@ def compress(
         typer.Option(help="File for the signal norm of the fine-tuning.", rich_help_panel="esn"),
     ] = None,
     quantized_epochs: Annotated[
-        int, typer.Option(help="Epochs of fine-tuning after quantization.", rich_help_panel="esn")
-    ] = EsnSettings.quantized_epochs,
+        int | None,
+        typer.Option(
+            help=f"Epochs of fine-tuning after quantization. Default {EsnSettings.quantized_epochs}.",
+            rich_help_panel="esn",
+        ),
+    ] = None,
     scheme: SchemeOption = None,
     bits: CodebookBitsOption = None,
     ratio: RatioOption = None,
@@ -152,6 +147,8 @@ def compress(
     sigma: SigmaOption = None,
     trust_radius: TrustRadiusOption = None,
     iterations: IterationsOption = None,
+    batches: BatchesOption = None,
+    memory: MemoryOption = None,
     sampling: SamplingOption = None,
     percentile: PercentileOption = None,
     labels: LabelsOption = None,
@@ -161,128 +158,9 @@ def compress(
     debug: DebugOption = False,
 ) -> None:
     """Apply a compression policy to a model without searching."""
-    if method not in METHODS:
-        raise SettingError(f"--method {method!r} is unknown.", f"Known are: {', '.join(METHODS)}.")
-    if policy is not None and method != "policy":
-        raise SettingError(f"--policy says what is done; --method {method} decides it.", "Leave one out.")
-    if method == "fastlc":
-        needs_data = curvature is None or reestimate_batch_norm
-        split_or_none: Split | None = None
-        if needs_data:
-            dense, split_or_none = model_and_data(model, data, split_seed, layout, mean, std)
-        else:
-            dense = load_model(model)
-        result = run_fastlc(
-            dense,
-            split_or_none,
-            {
-                "scheme": scheme,
-                "bits": bits,
-                "ratio": ratio,
-                "rank": rank,
-                "factorization": factorization,
-                "sparse_share": sparse_share,
-                "scope": scope,
-                "group": group,
-                "granularity": granularity,
-                "scaled": scaled,
-                "metric": metric,
-                "damping": damping,
-                "use_gradient": gradient,
-                "keep": None if keep is None else tuple(keep),
-                "reestimate_batch_norm": reestimate_batch_norm,
-                "images": images,
-                "draws": draws,
-                "target": target,
-                "seed": seed,
-            },
-            curvature,
-            save_curvature,
-            as_json,
-        )
-        _finish_method(dense, result, split_or_none, output, target, as_json)
-        return
-    dense, split = model_and_data(model, data, split_seed, layout, mean, std)
-    if method == "toco":
-        result = run_toco(
-            dense,
-            split,
-            {
-                "objective": objective,
-                "group": group,
-                "loss_bound": loss_bound,
-                "sigma": sigma,
-                "trust_radius": trust_radius,
-                "iterations": iterations,
-                "sampling": sampling,
-                "images": images,
-                "percentile": percentile,
-                "labels": labels,
-                "finetune_epochs": finetune_epochs,
-                "learning_rate": learning_rate,
-                "target": target,
-                "seed": seed,
-            },
-            trials,
-            as_json,
-        )
-        _finish_method(dense, result, split, output, target, as_json)
-        return
-    if method == "esn":
-        result = run_esn(
-            dense,
-            split,
-            {
-                "width": width,
-                "weight_bits": weight_bits if mean_bits is None else mean_bits,
-                "allocate": mean_bits is not None,
-                "record": None if esn_record is None else EsnRecord.load(esn_record),
-                "activation_bits": activation_bits,
-                "criterion": criterion,
-                "rounding": rounding,
-                "target": target,
-                "epochs": finetune_epochs,
-                "quantized_epochs": quantized_epochs,
-                "learning_rate": learning_rate,
-                "seed": seed,
-            },
-            save_esn,
-            as_json,
-        )
-        _finish_method(dense, result, split, output, target, as_json)
-        return
-    chosen = (
-        CompressionPolicy.load(policy)
-        if policy
-        else uniform_policy(
-            dense,
-            target=target,
-            pruning_ratio=pruning_ratio,
-            weight_bits=32 if weight_bits is None else weight_bits,
-            activation_bits=32 if activation_bits is None else activation_bits,
-            rounding=rounding,
-            criterion=criterion or "tolerance",
-            seed=seed,
-        )
-    )
-    epochs = finetune_epochs or 0
-    compressed = compress_model(
-        dense,
-        chosen,
-        split,
-        finetune_epochs=epochs,
-        learning_rate=0.01 if learning_rate is None else learning_rate,
-        seed=seed,
-        progress=epoch_lines(as_json, epochs),
-    )
-    _finish(compressed, split, output, target, {}, as_json)
-
-
-def _finish_method(
-    dense: Model, result: MethodResult, split: Split | None, output: Path, target: str, as_json: bool
-) -> None:
-    compressed = compressed_model(dense, result.policy, result.module)
-    _finish(compressed, split, output, target, result.summary, as_json)
+    given = dict(locals())
+    compressed, split, summary = run_method(method, given)
+    _finish(compressed, split, output, target, summary, as_json)
 
 
 def _finish(

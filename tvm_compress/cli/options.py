@@ -122,6 +122,13 @@ TrustRadiusOption = Annotated[
     typer.Option(help="How far weights may move at first, of the largest weight.", rich_help_panel="toco"),
 ]
 IterationsOption = Annotated[int | None, typer.Option(help="At most so many.", rich_help_panel="toco")]
+BatchesOption = Annotated[
+    int | None, typer.Option(help="Gradients per iteration, of 32 images each.", rich_help_panel="toco")
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(help="How much the last iteration's gradients count in the next.", rich_help_panel="toco"),
+]
 SamplingOption = Annotated[
     str | None,
     typer.Option(help="Where gradients are taken: active, random or all.", rich_help_panel="toco"),
