@@ -5,9 +5,12 @@ TVM_COMPRESS_SHARED (default: ../shared beside the repository), which holds CIFA
 """
 
 import io
+import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -15,7 +18,7 @@ import platformdirs
 from tvm_compress.data.dataset import Normalization, Split
 from tvm_compress.data.idx import FASHION_CLASSES, read_idx_part
 from tvm_compress.data.split import Source, split_source
-from tvm_compress.files import replacing
+from tvm_compress.files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
@@ -33,6 +36,17 @@ def cache_folder(given: Path | None = None) -> Path:
     folder = given or default
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Result of an earlier run from its JSON file, or of `make` now; never seen half-written."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = make()
+        write_text(path, json.dumps(result, indent=1) + "\n")
+        said = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+        print(path.stem, said, flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shared_folder(given: Path | None = None) -> Path:

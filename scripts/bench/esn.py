@@ -7,7 +7,6 @@ short: 25,000 of the training images, 4 epochs, one thread; the paper takes 4 ep
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import ROOT, cache_folder, cifar10
+from bench_data import ROOT, cache_folder, cifar10, kept
 from figures import Figure, write
 from train import as_model, load_resnet18
 
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
 from tvm_compress.data.dataset import Split
-from tvm_compress.files import write_text
 from tvm_compress.metrics.esn import esn_a, esn_a_from_noise, mid_rise
 from tvm_compress.metrics.esn_training import EsnRecord
 from tvm_compress.model import Model
@@ -62,17 +60,6 @@ class Bench:
     folder: Path
     settings: EsnSettings
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        """A result of an earlier run."""
-        path = self.folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def keep(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result."""
-        write_text(self.folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        print(name, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, flush=True)
-        return result
-
     def slim(self, width: float, trained: bool = True) -> Slim:
         """Pruned and fine-tuned network of a width, trained at most once; untrained only at width 1."""
         if not trained:
@@ -104,9 +91,12 @@ class Bench:
     ) -> dict[str, Any]:
         """Accuracy and costs of one quantization, evaluated at most once."""
         name = "-".join([series, f"{width:g}", *(f"{key}{value:g}" for key, value in sorted(bits.items()))])
-        found = self.kept(name)
-        if found is not None:
-            return found
+        path = self.folder / f"{name}.json"
+        return kept(path, lambda: self._point(series, slim, width, record, bits))
+
+    def _point(
+        self, series: str, slim: Slim, width: float, record: EsnRecord | None, bits: dict[str, Any]
+    ) -> dict[str, Any]:
         model, summary = self.quantized(slim, width=width, record=record, **bits)
         test = self.split.test
         accuracy = Twin(model.module).accuracy(test.normalized(), test.y)
@@ -114,7 +104,7 @@ class Bench:
         result = {"series": series, "width": width, **bits, "accuracy": accuracy, **costs}
         if "bits_by_site" in summary:
             result["bits_by_site"] = summary["bits_by_site"]
-        return self.keep(name, result)
+        return result
 
 
 def curves(bench: Bench, control: bool) -> list[dict[str, Any]]:
@@ -147,9 +137,6 @@ def curves(bench: Bench, control: bool) -> list[dict[str, Any]]:
 
 def deployed(bench: Bench) -> dict[str, Any]:
     """Compile, verify and time the dense network and some points in one session on this machine."""
-    found = bench.kept("deployed")
-    if found is not None:
-        return found
     device = open_device("local", threads=1)
     test = bench.split.test.take(slice(0, None, 10))
     artifacts, rows = {}, {}
@@ -180,7 +167,7 @@ def deployed(bench: Bench) -> dict[str, Any]:
     for name, row in rows.items():
         time_of = times["this" if name == first else name]
         row |= {"milliseconds": 1e3 * time_of.value, "spread": 1e3 * time_of.spread}
-    return bench.keep("deployed", {"rows": rows, "timing": timing.to_dict()})
+    return {"rows": rows, "timing": timing.to_dict()}
 
 
 def pseudo_code_differences(model: Model) -> int:
@@ -361,7 +348,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     bench = Bench(as_model(load_resnet18(arguments.shared), "cifar10"), split, folder, settings)
     points = curves(bench, arguments.control)
-    timed = deployed(bench)
+    timed = kept(folder / "deployed.json", lambda: deployed(bench))
     training = [
         {
             "width": width,

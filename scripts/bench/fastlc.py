@@ -13,13 +13,14 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_data import ROOT, cache_folder, load_split
+from bench_data import ROOT, cache_folder, kept, load_split
 from figures import Figure, write
 from train import as_model, load_network, load_resnet18
 
@@ -32,7 +33,6 @@ from tvm_compress.fastlc.learn import learn
 from tvm_compress.fastlc.quadratic import QuadraticModel
 from tvm_compress.fastlc.schemes import compress_weights
 from tvm_compress.fastlc.settings import FastLcSettings
-from tvm_compress.files import write_text
 from tvm_compress.model import Model
 from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.passes.pipeline import build
@@ -61,15 +61,9 @@ class Bench:
         test = self.split.test
         return Twin(module).accuracy(test.normalized(), test.y)
 
-    def kept(self, name: str, make: Any) -> dict[str, Any]:
-        """Result of an earlier run, or of `make` now; never seen half-written."""
-        path = self.folder / f"{name}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-        result = make()
-        write_text(path, json.dumps(result, indent=1) + "\n")
-        print(name, result, flush=True)
-        return result
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Result of an earlier run, or of `make` now."""
+        return kept(self.folder / f"{name}.json", make)
 
     def point(self, series: str, **settings: Any) -> dict[str, Any]:
         """Accuracy, storage and seconds of Fast LC with these settings."""
@@ -156,12 +150,12 @@ def exact_gap() -> float:
         rng = np.random.default_rng(seed)
         h = rng.gamma(0.5, 2.0, 12)
         model = QuadraticModel(rng.normal(size=12), 0.3 * rng.normal(size=12) * np.sqrt(h), h)
-        for kept in (3, 6, 9):
+        for count in (3, 6, 9):
             best = min(
                 model.loss(np.where(np.isin(np.arange(12), chosen), model.target, 0.0))
-                for chosen in itertools.combinations(range(12), kept)
+                for chosen in itertools.combinations(range(12), count)
             )
-            for found in (prune_exactly(model, kept), learn(model, Prune(kept)).value):
+            for found in (prune_exactly(model, count), learn(model, Prune(count)).value):
                 worst = max(worst, abs(model.loss(found) - best))
         best = min(model.loss(np.array(signs)) for signs in itertools.product((-1.0, 1.0), repeat=12))
         for found in (choose_exactly(model), learn(model, Binary(scaled=False)).value):
