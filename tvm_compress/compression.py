@@ -98,6 +98,7 @@ def compress_model(
     learning_rate: float = 0.01,
     seed: int = 0,
     images: int = 256,
+    weight_rounding: str = "nearest",
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Prune, quantize and fine-tune a dense model as a policy says; the test part is never touched.
@@ -105,7 +106,9 @@ def compress_model(
     Parameters
     ----------
     images
-        How many training images give gradients, statistics and ranges.
+        How many training images give gradients, statistics and ranges, and the rounding of weights.
+    weight_rounding
+        "nearest", "reconstruction" or "curvature": see `weight_rounding.round_weights`.
 
     Raises
     ------
@@ -135,7 +138,7 @@ def compress_model(
         True,
         progress,
     )
-    candidate = Compressor(model.module, x, scores).apply(policy, training)
+    candidate = Compressor(model.module, x, scores, weight_rounding).apply(policy, training)
     return compressed_model(model, candidate.policy, candidate.module)
 
 

@@ -15,6 +15,7 @@ from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.prune_channels import resolve_kept
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.twin import Twin
+from tvm_compress.weight_rounding import round_weights
 
 # Learning rate at the QDQ stage, as a share of that at the float stage: there the weights only settle.
 QDQ_RATE = 0.5
@@ -85,14 +86,21 @@ class Compressor:
         Normalised images [N, C, H, W] for the batch-norm statistics and the ranges.
     scores
         Of each coupled set's channels, by `tolerance.channel_scores`; None for the criteria l1 and l2.
+    weight_rounding
+        How quantized weights are rounded, before any training: see `weight_rounding.round_weights`.
     """
 
     def __init__(
-        self, module: tvm.IRModule, calibration_x: np.ndarray, scores: Mapping[str, np.ndarray] | None
+        self,
+        module: tvm.IRModule,
+        calibration_x: np.ndarray,
+        scores: Mapping[str, np.ndarray] | None,
+        weight_rounding: str = "nearest",
     ) -> None:
         self.module = module
         self._x = calibration_x
         self._scores = scores
+        self._weight_rounding = weight_rounding
         self._teacher: Twin | None = None
         self._dense_calibration: Calibration | None = None
 
@@ -112,7 +120,9 @@ class Compressor:
         """Pruned module with fake quantization, QDQ stage; itself where the policy quantizes nothing."""
         if not any(site.quantized for site in policy.sites.values()):
             return pruned
-        return compress(pruned, quantization_part(policy), calibration=self._calibration(pruned))
+        module = compress(pruned, quantization_part(policy), calibration=self._calibration(pruned))
+        bits = {name: site.weight_bits for name, site in policy.sites.items() if site.quantized}
+        return round_weights(module, bits, self._x, self._weight_rounding)
 
     def apply(self, policy: CompressionPolicy, training: Training | None = None) -> Candidate:
         """Apply a policy and, if asked, train what comes of it."""

@@ -13,6 +13,7 @@ from tvm_compress.artifact import Artifact, Verification
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import TargetError
+from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets
@@ -94,6 +95,7 @@ def run_study(
     measurement: MeasurementSettings | None = None,
     title: str = "",
     progress: Progress = no_progress,
+    curvature: Curvature | None = None,
 ) -> Outcome:
     """Search a policy, build, verify and time dense and compressed artifacts, and write the report.
 
@@ -106,6 +108,8 @@ def run_study(
         Targets to build artifacts for; the search's own comes first and may be left out.
     measurement
         How the final latencies are taken; the default takes more samples than the search does.
+    curvature
+        See `run_search`.
 
     Raises
     ------
@@ -115,7 +119,7 @@ def run_study(
     wanted = list(dict.fromkeys([settings.build_target, *targets]))
     # Before the search, so that a target that cannot be verified here costs no time.
     devices = {target: device_for(target, settings) for target in wanted}
-    search = run_search(model, split, settings, path, progress)
+    search = run_search(model, split, settings, path, progress, curvature)
     best = compressed_model(model, search.best.policy, search.best.module)
     best.save(path / "compressed")
     search.best.policy.save(path / "policy.json")

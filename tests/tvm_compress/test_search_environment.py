@@ -2,16 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tvm_compress.search_doubles import FormulaEvaluator, conv, problem
-from tvm_compress.errors import SettingError
+from tvm_compress.errors import ModelError, SettingError
+from tvm_compress.fastlc.curvature import estimate_curvature
+from tvm_compress.model import Model
 from tvm_compress.passes.groups import CoupledSet
+from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.passes.policy import channels_after
 from tvm_compress.search.environment import CompressionEnv, reward_of
-from tvm_compress.search.observation import SiteObservation, tolerance_statistics
+from tvm_compress.search.observation import SiteObservation, curvature_statistics, tolerance_statistics
 from tvm_compress.search.problem import PolicyDraft, SearchProblem
 from tvm_compress.search.results import EpisodeResult
 
@@ -161,3 +165,27 @@ def test_reward_is_highest_at_the_budget():
 
     assert at(0.5) == 0.9
     assert at(0.4) == pytest.approx(at(0.6)) == pytest.approx(0.9 - 3 * 0.2)
+
+
+def test_the_agent_sees_curvature_where_it_is_given():
+    without = play(environment(problem("pruning")), [[0.5]] * 3)[0]
+    assert all(state["curvature_loss"] == state["gradient_loss"] == 0 for state in without)
+    values = {"conv1": {"curvature": -1.5, "gradient": -2.5}}
+    seen = play(environment(problem("pruning", curvature=values)), [[0.5]] * 3)[0]
+    assert [state["curvature_loss"] for state in seen[:3]] == [0, -1.5, 0]
+    assert seen[1]["gradient_loss"] == -2.5
+
+
+def test_curvature_statistics_are_sums_over_the_weights_of_a_site(tmp_path):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    module = Model.from_torch(layers.eval(), [torch.zeros(1, 1, 6, 6)]).module
+    x = np.random.default_rng(0).normal(size=(9, 1, 6, 6)).astype(np.float32)
+    curvature = estimate_curvature(module, x, np.arange(9) % 3)
+    found = curvature_statistics(module, curvature)
+    weight = get_params(module)["0.weight"].astype(np.float64)
+    assert 10 ** found["0"]["curvature"] == pytest.approx((curvature.diagonal["0"] * weight**2).sum() / 2)
+    assert 10 ** found["0"]["gradient"] == pytest.approx(np.abs(curvature.gradient["0"] * weight).sum())
+    other = set_params(module, {"0.weight": np.ones_like(get_params(module)["0.weight"])})
+    with pytest.raises(ModelError, match="another model"):
+        curvature_statistics(other, curvature)

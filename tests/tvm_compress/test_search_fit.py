@@ -125,3 +125,43 @@ def test_likely_winners_are_different_and_near_the_budget() -> None:
     assert [t.episode for t in choose(trials, settings)] == [3]
     slow = [dataclasses.replace(t, result=dataclasses.replace(t.result, ratio=2.0)) for t in trials]
     assert [t.episode for t in choose(slow, settings)] == [0]
+
+
+def test_halving_finds_the_first_policy_within_the_budget() -> None:
+    whole = trial()
+    settings = SearchSettings(budget=0.5 * whole.result.ratio)
+    evaluator = FormulaEvaluator(NETWORK)
+    found = BudgetFit(NETWORK, RULES, evaluator, settings).fit(whole)
+    assert found.result.ratio <= 1.02 * settings.budget
+    assert evaluator.calls <= 6
+    # One step wider misses it: no other policy of the path was skipped.
+    path = [whole.policy]
+    fitting = BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), settings)
+    while found.policy not in path:
+        path.append(fitting._narrower(path[-1]))  # type: ignore[arg-type]
+    assert FormulaEvaluator(NETWORK).evaluate(path[-2], 0).ratio > 1.02 * settings.budget
+
+
+def test_a_balanced_policy_takes_by_sensitivity_what_chance_took_elsewhere() -> None:
+    lopsided = trial(conv2=8, down=8)
+    settings = SearchSettings(budget=lopsided.result.ratio)
+    fitting = BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), settings)
+    balanced = fitting.fit_balanced(lopsided)
+    assert balanced is not None
+    assert balanced.result.ratio <= 1.02 * settings.budget
+    assert (balanced.policy["conv2"].channels or 64) >= 48
+    assert balanced.policy["conv1"].channels is not None
+    assert fitting.fit_balanced(trial()) is None
+
+
+def test_steps_that_change_nothing_are_no_steps() -> None:
+    settings = SearchSettings(budget=0.01)
+    fine = {share / 64: share / 64 for share in range(1, 64)}
+    network = dataclasses.replace(
+        NETWORK, sensitivity={name: {"pruning": fine} for name in ("stem", "conv1", "conv2")}
+    )
+    evaluator = FormulaEvaluator(network)
+    narrow = BudgetFit(network, RULES, evaluator, settings).fit(trial())
+    # Of 63 shares of a set of 32 channels every other ends where the one before did; none leaves a set empty.
+    assert narrow.policy["stem"].channels == narrow.policy["conv1"].channels == 1
+    assert evaluator.calls <= 8

@@ -54,6 +54,7 @@ from tvm_compress.data.dataset import Split
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model, load_model
 from tvm_compress.prune_then_quantize import EsnSettings
+from tvm_compress.weight_rounding import METHODS as WEIGHT_ROUNDINGS
 
 
 def compress(
@@ -87,6 +88,10 @@ def compress(
     criterion: Annotated[
         str | None,
         typer.Option(help="tolerance, l1 or l2: which channels go first. Default tolerance; esn: l2."),
+    ] = None,
+    weight_rounding: Annotated[
+        str | None,
+        typer.Option(help="Of quantized weights: " + ", ".join(WEIGHT_ROUNDINGS) + ". Default nearest."),
     ] = None,
     target: TargetOption = "host",
     finetune_epochs: Annotated[

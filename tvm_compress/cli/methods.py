@@ -23,7 +23,7 @@ from tvm_compress.tolerance.settings import TocoSettings
 OPTIONS: dict[str, tuple[str, ...]] = {
     "policy": (
         *("policy", "pruning_ratio", "weight_bits", "activation_bits", "rounding", "criterion"),
-        *("finetune_epochs", "learning_rate"),
+        *("finetune_epochs", "learning_rate", "weight_rounding"),
     ),
     "toco": (
         *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "sampling", "images"),
@@ -109,6 +109,7 @@ def _policy(given: Mapping[str, Any]) -> Outcome:
         finetune_epochs=epochs,
         learning_rate=0.01 if given["learning_rate"] is None else given["learning_rate"],
         seed=given["seed"],
+        weight_rounding=given["weight_rounding"] or "nearest",
         progress=epoch_lines(given["as_json"], epochs),
     )
     return compressed, split, {}

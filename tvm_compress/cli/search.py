@@ -21,6 +21,7 @@ from tvm_compress.cli.options import (
     ThreadsOption,
 )
 from tvm_compress.cli.output import print_json, print_lines, print_table, search_progress
+from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.report.html import table_rows
 from tvm_compress.search.settings import SearchSettings
 from tvm_compress.workflow import RPI4, Outcome, run_study
@@ -65,6 +66,10 @@ def search(
     retrain_epochs: Annotated[int, typer.Option(help="Training in each episode.")] = DEFAULTS.retrain_epochs,
     finetune_epochs: Annotated[int, typer.Option(help="Training of the best.")] = DEFAULTS.finetune_epochs,
     strategy: Annotated[str, typer.Option(help="ddpg, or random as a baseline.")] = DEFAULTS.strategy,
+    curvature: Annotated[
+        Path | None,
+        typer.Option(help="Curvature of this model (compress --save-curvature) for the agent to see."),
+    ] = None,
     studies: StudiesOption = Path("runs"),
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -91,7 +96,13 @@ def search(
     loaded, split = model_and_data(model, data, split_seed, layout, mean, std)
     with search_progress(as_json) as progress:
         outcome = run_study(
-            loaded, split, settings, study_path(study, studies), targets=artifact or (), progress=progress
+            loaded,
+            split,
+            settings,
+            study_path(study, studies),
+            targets=artifact or (),
+            progress=progress,
+            curvature=None if curvature is None else Curvature.load(curvature),
         )
     _print(outcome, as_json)
 

@@ -4,6 +4,7 @@ Widths come in steps and the agent hits the budget from either side. What is lef
 nothing, and a policy a little over it is not lost: its least sensitive channels go.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -16,9 +17,6 @@ from tvm_compress.search.settings import SearchSettings
 
 # A latency that exceeds the budget by no more than this share still meets it: as close as a measurement is.
 BUDGET_TOLERANCE = 0.02
-
-# Narrowing steps of one policy at most.
-MAX_STEPS = 8
 
 # Added to a step's divergence, so that steps which cost none differ by what they save.
 _LEAST_DIVERGENCE = 1e-4
@@ -94,6 +92,17 @@ class BudgetFit:
         budget = self._settings.budget
         return self._widened(trial) if meets_budget(trial.result.ratio, budget) else self._narrowed(trial)
 
+    def fit_balanced(self, trial: Trial) -> Trial | None:
+        """Fit a trial's schemes with all channels, which then go by sensitivity only.
+
+        What few episodes found by chance may have cut one set too far, and another not at all. None where
+        nothing was cut.
+        """
+        sites = {name: replace(site, channels=None, kept=None) for name, site in trial.policy.sites.items()}
+        whole = replace(trial.policy, sites=sites)
+        whole = whole.legalize(self._problem.sites, self._rules, self._problem.sets)
+        return None if whole == trial.policy else self.fit(replace(trial, policy=whole))
+
     def _judged(self, trial: Trial, policy: CompressionPolicy) -> Trial:
         result = self._evaluator.evaluate(policy, trial.episode)
         reward = reward_of(result, self._settings.budget, self._settings.beta)
@@ -116,15 +125,19 @@ class BudgetFit:
         return trial
 
     def _narrowed(self, trial: Trial) -> Trial:
-        """Take channels, step by step, until the budget is met or nothing is left to take."""
-        for _ in range(MAX_STEPS):
-            policy = self._narrower(trial.policy)
-            if policy is None:
-                break
-            trial = self._judged(trial, policy)
-            if meets_budget(trial.result.ratio, self._settings.budget):
-                break
-        return trial
+        """Take as few channels as meet the budget: of ever narrower policies the first, found by halving."""
+        path = [trial.policy]
+        while (policy := self._narrower(path[-1])) is not None:
+            path.append(policy)
+        judged = {0: trial}
+
+        def meets(step: int) -> bool:
+            judged[step] = self._judged(trial, path[step])
+            return meets_budget(judged[step].result.ratio, self._settings.budget)
+
+        first = 1 + bisect_left(range(1, len(path)), True, key=meets)
+        # Where none is fast enough, the narrowest, which was judged last.
+        return judged[min(first, len(path) - 1)]
 
     def _with_most_bits(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         # Where kernels multiply bytes, a site of 2 bits takes as long as one of 6.
@@ -145,12 +158,19 @@ class BudgetFit:
             if not group.prunable or "pruning" not in self._problem.actions:
                 continue
             divergences = {0.0: 0.0, **self._divergences(group)}
-            removed = max(share for share in divergences if share <= _removed(policy, group) + 1e-6)
-            further = [share for share in divergences if share > _removed(policy, group) + 1e-6]
+            before = _removed(policy, group)
+            removed = max(share for share in divergences if share <= before + 1e-6)
+            # Widths are whole: a step that ends where it began is none.
+            further = [
+                (share, candidate)
+                for share in sorted(divergences)
+                if share > before + 1e-6
+                and _removed(candidate := self._with_channels(policy, group, _kept(group, share)), group)
+                > before + 1e-6
+            ]
             if not further:
                 continue
-            share = min(further)
-            candidate = self._with_channels(policy, group, round((1 - share) * group.channels))
+            share, candidate = further[0]
             lost = max(divergences[share] - divergences[removed], 0.0) + _LEAST_DIVERGENCE
             options.append((lost / max(macs - self._macs(candidate), 1.0), group.name, candidate))
         return min(options, key=lambda option: option[:2])[2] if options else None
@@ -177,6 +197,10 @@ class BudgetFit:
             site.macs * (left[site.name][0] / site.in_channels) * (left[site.name][1] / site.out_channels)
             for site in self._problem.sites
         )
+
+
+def _kept(group: CoupledSet, removed: float) -> int:
+    return max(1, round((1 - removed) * group.channels))
 
 
 def _removed(policy: CompressionPolicy, group: CoupledSet) -> float:

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
+import tvm
 
-from tvm_compress.passes.sites import Site
+from tvm_compress.fastlc.curvature import Curvature
+from tvm_compress.passes.params import get_params
+from tvm_compress.passes.sites import Site, find_sites
 from tvm_compress.search.problem import PolicyDraft, SearchProblem
 
 # A divergence below this counts as none.
@@ -65,6 +68,9 @@ class SiteObservation:
     tolerance_mean: float
     tolerance_spread: float
     tolerance_low: float
+    # Fast LC's model of the loss, where it is given: log10 of its change if the site's weights went to zero.
+    curvature_loss: float  # ½ Σ h w²
+    gradient_loss: float  # Σ |g w|
 
     @classmethod
     def size(cls) -> int:
@@ -95,6 +101,7 @@ def observe(problem: SearchProblem, draft: PolicyDraft, site: Site, previous: Pr
     height, width = site.out_shape[1:3] if site.kind == "conv2d" else (1, 1)
     before = problem.sites[:index]
     tolerance = problem.tolerance.get(group.name, {}) if group is not None else {}
+    curvature = problem.curvature.get(site.name, {})
     return SiteObservation(
         position=index / len(problem.sites),
         is_convolution=float(site.kind == "conv2d"),
@@ -127,6 +134,8 @@ def observe(problem: SearchProblem, draft: PolicyDraft, site: Site, previous: Pr
         tolerance_mean=tolerance.get("mean", 0.0),
         tolerance_spread=tolerance.get("spread", 0.0),
         tolerance_low=tolerance.get("low", 0.0),
+        curvature_loss=curvature.get("curvature", 0.0),
+        gradient_loss=curvature.get("gradient", 0.0),
     )
 
 
@@ -146,6 +155,27 @@ def _at(table: Mapping[float, float], key: float) -> float:
         return math.log10(_LEAST_OMEGA)
     nearest = min(table, key=lambda other: (abs(float(other) - key), other))
     return math.log10(max(table[nearest], 0.0) + _LEAST_OMEGA)
+
+
+def curvature_statistics(module: tvm.IRModule, curvature: Curvature) -> dict[str, dict[str, float]]:
+    """Log10 of the change of loss without a site's weights, by site: by the curvature, and by the gradient.
+
+    Raises
+    ------
+    ModelError
+        If the curvature is another model's.
+    """
+    curvature.check(module)
+    params = get_params(module)
+    found = {}
+    for site in find_sites(module):
+        weight = params[site.weight].astype(np.float64)
+        changes = {
+            "curvature": 0.5 * float((curvature.diagonal[site.name] * np.square(weight)).sum()),
+            "gradient": float(np.abs(curvature.gradient[site.name] * weight).sum()),
+        }
+        found[site.name] = {name: math.log10(max(value, 1e-12)) for name, value in changes.items()}
+    return found
 
 
 def tolerance_statistics(scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

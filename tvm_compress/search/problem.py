@@ -36,6 +36,8 @@ class SearchProblem:
         By site: {"weight": {bits: Omega}, "activation": {bits: Omega}, "pruning": {ratio: Omega}}.
     tolerance
         By coupled set: statistics of its channels' scores, by name.
+    curvature
+        By site: what its weights count for by Fast LC's model of the loss; empty where none was given.
     """
 
     sites: Sequence[Site]
@@ -50,6 +52,7 @@ class SearchProblem:
     model: str = ""
     sensitivity: Mapping[str, Mapping[str, Mapping[float, float]]] = field(default_factory=dict)
     tolerance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    curvature: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def actions(self) -> tuple[str, ...]:

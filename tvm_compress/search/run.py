@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import tvm_compress
 from tvm_compress.compressor import Compressor, Training
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import DataError, ModelError
+from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets
@@ -32,7 +33,7 @@ from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
 from tvm_compress.search.fit import BudgetFit, choose, likely_winners
 from tvm_compress.search.latency import SHORT, THOROUGH, HybridLatency, LatencyMeter, MeasuredLatency
 from tvm_compress.search.loop import run_episodes
-from tvm_compress.search.observation import SiteObservation, tolerance_statistics
+from tvm_compress.search.observation import SiteObservation, curvature_statistics, tolerance_statistics
 from tvm_compress.search.problem import SearchProblem
 from tvm_compress.search.refine import best_refined, refine
 from tvm_compress.search.results import (
@@ -53,9 +54,16 @@ from tvm_compress.search.study import Study
 from tvm_compress.tolerance.channels import channel_scores
 from tvm_compress.twin import Twin
 
+CurvatureStatistics = Mapping[str, Mapping[str, float]]
+
 
 def run_search(
-    model: Model, split: Split, settings: SearchSettings, study_dir: Path, progress: Progress = no_progress
+    model: Model,
+    split: Split,
+    settings: SearchSettings,
+    study_dir: Path,
+    progress: Progress = no_progress,
+    curvature: Curvature | None = None,
 ) -> SearchResult:
     """Search a policy for a model, or go on with the study that stands in `study_dir`.
 
@@ -67,6 +75,8 @@ def run_search(
         Train and validation images are used; the test images are not looked at.
     study_dir
         Directory of the study, see `study`.
+    curvature
+        Of this model, as Fast LC saves it: two more numbers of each site that the agent sees.
 
     Raises
     ------
@@ -82,11 +92,12 @@ def run_search(
     for name, part in (("training", split.train), ("validation", split.validation)):
         if not len(part):
             raise DataError(f"There are no {name} images.", "A search needs training and validation images.")
-    with Study(study_dir, settings, _facts(model, split)) as study:
-        return _Search(model, split, study, progress).run()
+    seen = {} if curvature is None else curvature_statistics(model.module, curvature)
+    with Study(study_dir, settings, _facts(model, split, seen)) as study:
+        return _Search(model, split, study, progress, seen).run()
 
 
-def _facts(model: Model, split: Split) -> dict[str, str]:
+def _facts(model: Model, split: Split, curvature: CurvatureStatistics) -> dict[str, str]:
     """What must not change within a study besides the settings."""
     parameters = hashlib.sha256()
     for name, value in get_params(model.module).items():
@@ -98,6 +109,7 @@ def _facts(model: Model, split: Split) -> dict[str, str]:
         "model": fingerprint(find_sites(model.module)),
         "parameters": parameters.hexdigest()[:16],
         "data": data.hexdigest()[:16],
+        "curvature": hashlib.sha256(json.dumps(curvature).encode()).hexdigest()[:16] if curvature else "none",
         "tvm": tvm.__version__,
         "torch": torch.__version__,
         "tvm_compress": tvm_compress.__version__,
@@ -129,8 +141,16 @@ class _Images:
 class _Search:
     """One run over an open study."""
 
-    def __init__(self, model: Model, split: Split, study: Study, progress: Progress) -> None:
+    def __init__(
+        self,
+        model: Model,
+        split: Split,
+        study: Study,
+        progress: Progress,
+        curvature: CurvatureStatistics,
+    ) -> None:
         self.model, self.split, self.study, self.progress = model, split, study, progress
+        self.curvature = curvature
         self.settings = study.settings
         self.images = _Images.draw(split, self.settings)
         self.validation = self.images.validation.normalized()
@@ -200,6 +220,7 @@ class _Search:
             criterion=settings.criterion,
             seed=settings.seed,
             model=self.fingerprint,
+            curvature=self.curvature,
         )
         problem.decision_sites()  # raises at once if there is nothing to decide
         calibration = self.images.calibration
@@ -264,6 +285,8 @@ class _Search:
 
         evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
         fit = BudgetFit(problem, rules_for(self.target), evaluator, self.settings)
-        fitted = [fit.fit(trial) for trial in likely_winners(trials, self.settings)]
+        winners = likely_winners(trials, self.settings)
+        balanced = fit.fit_balanced(winners[0])
+        fitted = [*(fit.fit(trial) for trial in winners), *([] if balanced is None else [balanced])]
         chosen = choose(fitted, self.settings)
         return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)
