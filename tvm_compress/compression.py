@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 
 from tvm_compress.artifact import Artifact
-from tvm_compress.compressor import Compressor, Training, realize
+from tvm_compress.compressor import Compressor, Training, quantized_epochs, realize
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, PolicyError, SettingError
 from tvm_compress.metrics.cost import metrics
@@ -128,15 +128,14 @@ def compress_model(
     some = split.train.subset(images, np.random.default_rng(seed))
     x = some.normalized()
     scores = channel_scores(model.module, x, some.y, criterion=policy.criterion)
-    # As the search's winners are trained: half of the epochs before the quantizers come, half with them.
+    quantized = quantized_epochs(policy, finetune_epochs)
     training = Training(
         split.train,
-        finetune_epochs // 2,
-        finetune_epochs - finetune_epochs // 2,
+        finetune_epochs - quantized,
+        quantized,
         learning_rate,
         seed,
-        True,
-        progress,
+        progress=progress,
     )
     candidate = Compressor(model.module, x, scores, weight_rounding).apply(policy, training)
     return compressed_model(model, candidate.policy, candidate.module)

@@ -39,7 +39,9 @@ MAX_GRADIENT_NORM = 2.0
 # Distillation (Hinton et al. 2015): softness of the targets, and their share of the loss.
 TEMPERATURE = 2.0
 TEACHER_SHARE = 0.7
-# An augmented image is moved by up to so many pixels each way.
+# How training images may be varied: by what does not change what they show.
+AUGMENTATIONS = ("none", "shift", "mirror", "shift+mirror")
+# An image is moved by up to so many pixels each way.
 MAX_SHIFT = 2
 # Quantization scales never fall below this share of where they started.
 LEAST_SCALE = 0.1
@@ -63,7 +65,7 @@ def finetune(
     seed: int = 0,
     batch_size: int = 64,
     teacher: Twin | None = None,
-    augment: bool = False,
+    augment: str = "none",
     progress: Progress | None = None,
     observer: Observer | None = None,
 ) -> tvm.IRModule:
@@ -80,7 +82,8 @@ def finetune(
         The dense model's twin: the loss becomes 0.7 of the divergence from its softened answers and 0.3 of
         the cross-entropy.
     augment
-        Move each image by up to two pixels each way.
+        One of `AUGMENTATIONS`. "shift": each image is moved by up to two pixels each way; "mirror": half of
+        them are mirrored, left to right.
     progress
         Called after each epoch with its number (from 1) and `loss`, `accuracy` (on what was trained on),
         `learning_rate`.
@@ -90,7 +93,7 @@ def finetune(
     Raises
     ------
     SettingError
-        If epochs, learning rate or batch size is out of range.
+        If epochs, learning rate or batch size is out of range, or the augmentation is unknown.
     DataError
         If there are fewer than two images.
     ModelError
@@ -101,6 +104,10 @@ def finetune(
             f"Cannot train {epochs} epochs in batches of {batch_size} at learning rate {learning_rate}.",
             "Epochs are 0 or more, batches hold 2 images or more, the learning rate is positive.",
         )
+    if augment not in AUGMENTATIONS:
+        raise SettingError(
+            f"Images cannot be augmented by {augment!r}.", f"Known are: {', '.join(AUGMENTATIONS)}."
+        )
     if len(train) < 2:
         raise DataError(f"Fine-tuning needs at least two images, not {len(train)}.")
     twin = Twin(module)
@@ -108,7 +115,7 @@ def finetune(
         raise ModelError(f"Fine-tuning takes a float or QDQ module, not one of stage {twin.stage!r}.")
     generator = torch.Generator().manual_seed(seed)
     teacher_logits = None
-    if teacher is not None and not augment:
+    if teacher is not None and augment == "none":
         teacher_logits = torch.from_numpy(teacher.predict(train.normalized()))
     trainer = _Trainer(twin, learning_rate, epochs * _batch_count(len(train), batch_size))
     twin.train()
@@ -117,7 +124,7 @@ def finetune(
             observer.begin_epoch(twin.tensors)
         for indices in _shuffled(len(train), batch_size, generator):
             x = torch.from_numpy(train.normalized(indices))
-            x = _shift(x, generator) if augment else x
+            x = _augmented(x, augment, generator)
             logits = None if teacher_logits is None else teacher_logits[indices]
             if teacher is not None and logits is None:
                 with torch.no_grad():
@@ -146,6 +153,14 @@ def _shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[n
     """Every index once, in batches of near-equal sizes: a small last one would spoil the batch norms."""
     order = torch.randperm(n, generator=generator).numpy()
     yield from np.array_split(order, _batch_count(n, batch_size))
+
+
+def _augmented(x: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+    x = _shift(x, generator) if "shift" in augment else x
+    if "mirror" in augment:
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(mirrored, x.flip(-1), x)
+    return x
 
 
 def _shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -71,7 +71,7 @@ class EsnSettings:
     distill
         Whether the dense network teaches the slim one.
     augment
-        Whether training images are moved by up to two pixels.
+        How training images are varied: see `finetune`.
     images
         How many training images give statistics and ranges; their labels are used by criterion "tolerance"
         only.
@@ -96,7 +96,7 @@ class EsnSettings:
     quantized_epochs: int = 0
     learning_rate: float = 0.02
     distill: bool = False
-    augment: bool = False
+    augment: str = "none"
     images: int = 512
     criterion: str = "l2"
     rounding: int = 8

@@ -35,7 +35,7 @@ CONTROL = "quantize-only, trained as long"
 WIDTHS = (0.5, 0.25, 0.375)
 BITS = (1, 2, 3, 4, 8, 32)
 MEAN_BITS = (1.5, 2.5)
-TRAINED = EsnSettings(epochs=4, learning_rate=0.05, augment=True, images=512)
+TRAINED = EsnSettings(epochs=4, learning_rate=0.05, augment="shift", images=512)
 IMAGES = 25_000
 # Low cost is here: at most what the whole network would cost at two bits, of the eight it needs.
 LOW_COST = 0.25

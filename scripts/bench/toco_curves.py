@@ -214,4 +214,4 @@ def tune_pruned(
     pruned = masked(module, masks)
     held = {name: get_params(pruned)[name] for name in masks}
     observer = HoldWeights(pruned, held, zeros_only=True)
-    return finetune(pruned, train, epochs, seed=seed, augment=True, observer=observer)
+    return finetune(pruned, train, epochs, seed=seed, augment="shift", observer=observer)

@@ -8,7 +8,7 @@ from tvm import relax
 from tests.tvm_compress.twin_networks import Build
 from tvm_compress.data.dataset import Dataset, Normalization
 from tvm_compress.errors import DataError, ModelError, SettingError
-from tvm_compress.finetune import _shift, finetune
+from tvm_compress.finetune import _augmented, _shift, finetune
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.twin import Twin
 
@@ -130,7 +130,7 @@ def test_the_step_is_that_of_torchs_optimizer(train):
         np.testing.assert_allclose(result[name], value.detach(), rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", ["none", "shift+mirror"])
 def test_one_seed_gives_one_result(trained, train, augment):
     def run(seed):
         arguments = {"teacher": Twin(trained), "augment": augment}
@@ -155,6 +155,21 @@ def test_augmentation_moves_images_by_up_to_two_pixels():
             if torch.equal(image[:, 2:4, 2:4], original[:, 2 + dy : 4 + dy, 2 + dx : 4 + dx])
         ]
         assert len(matches) == 1
+
+
+def test_mirroring_turns_about_half_of_the_images():
+    x = torch.arange(64 * 3 * 4 * 5, dtype=torch.float32).reshape(64, 3, 4, 5)
+    made = _augmented(x, "mirror", torch.Generator().manual_seed(0))
+    turned = [torch.equal(image, original.flip(-1)) for image, original in zip(made, x, strict=True)]
+    kept = [torch.equal(image, original) for image, original in zip(made, x, strict=True)]
+    assert all(a != b for a, b in zip(turned, kept, strict=True))
+    assert 20 <= sum(turned) <= 44
+    assert torch.equal(_augmented(x, "none", torch.Generator()), x)
+
+
+def test_an_unknown_augmentation_is_refused(train):
+    with pytest.raises(SettingError, match="upside-down"):
+        finetune(small_network(), train, 1, augment="upside-down")
 
 
 def test_an_observer_sees_every_step_and_may_hold_weights(train):

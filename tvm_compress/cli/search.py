@@ -22,6 +22,7 @@ from tvm_compress.cli.options import (
 )
 from tvm_compress.cli.output import print_json, print_lines, print_table, search_progress
 from tvm_compress.fastlc.curvature import Curvature
+from tvm_compress.finetune import AUGMENTATIONS
 from tvm_compress.report.html import table_rows
 from tvm_compress.search.settings import SearchSettings
 from tvm_compress.workflow import RPI4, Outcome, run_study
@@ -65,6 +66,9 @@ def search(
     max_bits: Annotated[int, typer.Option(help="Largest width of a bit-serial site.")] = DEFAULTS.max_bits,
     retrain_epochs: Annotated[int, typer.Option(help="Training in each episode.")] = DEFAULTS.retrain_epochs,
     finetune_epochs: Annotated[int, typer.Option(help="Training of the best.")] = DEFAULTS.finetune_epochs,
+    augment: Annotated[
+        str, typer.Option(help="Varies the images of that training: " + ", ".join(AUGMENTATIONS) + ".")
+    ] = DEFAULTS.augment,
     strategy: Annotated[str, typer.Option(help="ddpg, or random as a baseline.")] = DEFAULTS.strategy,
     curvature: Annotated[
         Path | None,
@@ -91,6 +95,7 @@ def search(
         max_bits=max_bits,
         retrain_epochs=retrain_epochs,
         finetune_epochs=finetune_epochs,
+        augment=augment,
         strategy=strategy,
     )
     loaded, split = model_and_data(model, data, split_seed, layout, mean, std)
@@ -111,7 +116,7 @@ def demo(
     study: Annotated[
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
-    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 20,
+    episodes: Annotated[int, typer.Option(help="Policies to try.")] = 16,
     budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.48,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
@@ -128,7 +133,9 @@ def demo(
         seed=seed,
         threads=threads,
         latency="hybrid",
-        finetune_epochs=14,
+        finetune_epochs=16,
+        finetune_lr=0.06,
+        augment="mirror",
         refine=1,
     )
     # The sample's tensors are so small that a second thread gains next to nothing, while waiting for a core

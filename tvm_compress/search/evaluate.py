@@ -80,6 +80,11 @@ class CompressionEvaluator:
             self._seen[key] = result
         return result
 
+    def ratio(self, policy: CompressionPolicy, episode: int) -> float:
+        """Latency of a policy over the dense model's; nothing is trained for it."""
+        module = self._compressor.apply(policy).integer_module
+        return self._source.latency(module, self.key(policy), episode, 0.0).ratio
+
     def key(self, policy: CompressionPolicy) -> str:
         """Key of a policy's structure on this model and device."""
         return structure_key(policy, self._model, self._where)

@@ -7,12 +7,13 @@ nothing, and a policy a little over it is not lost: its least sensitive channels
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from tvm_compress.passes.groups import CoupledSet
 from tvm_compress.passes.policy import BitserialRules, CompressionPolicy, channels_after
 from tvm_compress.search.environment import reward_of
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.results import Evaluator, Trial, pareto_front
+from tvm_compress.search.results import EpisodeResult, Trial, pareto_front
 from tvm_compress.search.settings import SearchSettings
 
 # A latency that exceeds the budget by no more than this share still meets it: as close as a measurement is.
@@ -63,6 +64,18 @@ def choose(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
     return [*within, *others][: settings.refine]
 
 
+class Judge(Protocol):
+    """Tells what a policy is worth, or only how fast it is, which is cheaper to find out."""
+
+    def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
+        """Result of a policy."""
+        ...
+
+    def ratio(self, policy: CompressionPolicy, episode: int) -> float:
+        """Latency of a policy over the dense model's."""
+        ...
+
+
 class BudgetFit:
     """Makes policies finer and wider, or narrower, until they use the budget, each step measured.
 
@@ -76,7 +89,7 @@ class BudgetFit:
     """
 
     def __init__(
-        self, problem: SearchProblem, rules: BitserialRules, evaluator: Evaluator, settings: SearchSettings
+        self, problem: SearchProblem, rules: BitserialRules, evaluator: Judge, settings: SearchSettings
     ) -> None:
         self._problem = problem
         self._rules = rules
@@ -129,15 +142,16 @@ class BudgetFit:
         path = [trial.policy]
         while (policy := self._narrower(path[-1])) is not None:
             path.append(policy)
-        judged = {0: trial}
+        narrower = path[1:]
+        if not narrower:
+            return trial
 
-        def meets(step: int) -> bool:
-            judged[step] = self._judged(trial, path[step])
-            return meets_budget(judged[step].result.ratio, self._settings.budget)
+        def meets(policy: CompressionPolicy) -> bool:
+            return meets_budget(self._evaluator.ratio(policy, trial.episode), self._settings.budget)
 
-        first = 1 + bisect_left(range(1, len(path)), True, key=meets)
-        # Where none is fast enough, the narrowest, which was judged last.
-        return judged[min(first, len(path) - 1)]
+        first = bisect_left(narrower, True, key=meets)
+        # Where none is fast enough, the narrowest.
+        return self._judged(trial, narrower[min(first, len(narrower) - 1)])
 
     def _with_most_bits(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         # Where kernels multiply bytes, a site of 2 bits takes as long as one of 6.

@@ -1,19 +1,14 @@
 """After the search: fine-tune the winners, judge them again, and choose the one to deploy."""
 
-import math
 from collections.abc import Callable, Sequence
 
-from tvm_compress.compressor import Compressor, Training
+from tvm_compress.compressor import Compressor, Training, quantized_epochs
 from tvm_compress.data.dataset import Dataset
 from tvm_compress.search.environment import reward_of
 from tvm_compress.search.evaluate import CompressionEvaluator
 from tvm_compress.search.fit import meets_budget
 from tvm_compress.search.results import Refined, Trial
 from tvm_compress.search.settings import SearchSettings
-
-# Share of the fine-tuning that is done with quantizers: an epoch with them takes more than twice as long, and
-# what was pruned recovers as well without them.
-QDQ_SHARE = 1 / 3
 
 
 def refine(
@@ -36,7 +31,6 @@ def refine(
         Called with (steps done, steps in all, what is done).
     """
     epochs = settings.finetune_epochs
-    quantized = math.ceil(epochs * QDQ_SHARE)
     total = len(trials) * (epochs + 1)
     found: list[Refined] = []
     for index, trial in enumerate(trials):
@@ -46,8 +40,15 @@ def refine(
         def tell(epoch: int, begin: int = begin, text: str = text) -> None:
             progress(begin + epoch, total, f"{text}: fine-tuning")
 
+        quantized = quantized_epochs(trial.policy, epochs)
         training = Training(
-            train, epochs - quantized, quantized, settings.finetune_lr, settings.seed, progress=tell
+            train,
+            epochs - quantized,
+            quantized,
+            settings.finetune_lr,
+            settings.seed,
+            augment=settings.augment,
+            progress=tell,
         )
         candidate = compressor.apply(trial.policy, training)
         result = evaluator.judge(candidate, evaluator.key(trial.policy), trial.episode)

@@ -54,6 +54,9 @@ from tvm_compress.search.study import Study
 from tvm_compress.tolerance.channels import channel_scores
 from tvm_compress.twin import Twin
 
+# So many times as many images retrain those that may win, before one of them is chosen.
+REFINEMENT = 3
+
 CurvatureStatistics = Mapping[str, Mapping[str, float]]
 
 
@@ -124,6 +127,7 @@ class _Images:
     sensitivity: Dataset
     validation: Dataset
     retraining: Dataset
+    refinement: Dataset  # as `retraining`, but more of them: few candidates are left by then
 
     @classmethod
     def draw(cls, split: Split, settings: SearchSettings) -> "_Images":
@@ -135,6 +139,7 @@ class _Images:
             some(split.train, settings.sensitivity_images, 1),
             some(split.validation, settings.validation_images, 2),
             some(split.train, settings.retrain_images, 3),
+            some(split.train, REFINEMENT * settings.retrain_images, 4),
         )
 
 
@@ -254,16 +259,19 @@ class _Search:
         return EpisodeResult(accuracy, latency.value, 1.0, MEASURED, latency.unit, metrics(module))
 
     def _evaluator(
-        self, compressor: Compressor, source: LatencySource, meter: LatencyMeter
+        self, compressor: Compressor, source: LatencySource, meter: LatencyMeter, last: bool = False
     ) -> CompressionEvaluator:
-        settings = self.settings
+        """Evaluator of the episodes, or of the `last` few policies, which are looked at more thoroughly."""
+        settings, images = self.settings, self.images
         epochs, rate = settings.retrain_epochs, settings.finetune_lr
-        training = Training(self.images.retraining, epochs, 0, rate, settings.seed, distill=False)
+        retraining = images.refinement if last else images.retraining
+        validation = self.split.validation if last else images.validation
+        training = Training(retraining, epochs, 0, rate, settings.seed, distill=False)
         return CompressionEvaluator(
             compressor,
             source,
-            self.validation,
-            self.images.validation.y,
+            validation.normalized(),
+            validation.y,
             self.fingerprint,
             meter.where,
             meter.device.unit,
@@ -283,7 +291,7 @@ class _Search:
         def tell(done: int, total: int, text: str) -> None:
             self.progress(ProgressEvent("refine", done, total, text=text))
 
-        evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter)
+        evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter, last=True)
         fit = BudgetFit(problem, rules_for(self.target), evaluator, self.settings)
         winners = likely_winners(trials, self.settings)
         balanced = fit.fit_balanced(winners[0])

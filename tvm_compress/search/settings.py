@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tvm_compress.errors import SettingError
+from tvm_compress.finetune import AUGMENTATIONS
 
 AGENTS = ("pruning", "quantization", "joint")
 STRATEGIES = ("ddpg", "random")
@@ -14,7 +15,7 @@ ROUNDINGS = (1, 8, 32)
 DEFAULT_TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 
 # What may differ when a study is opened again: how long it runs and what is done with its winners.
-RESUMABLE = frozenset({"episodes", "finetune_epochs", "finetune_lr", "refine"})
+RESUMABLE = frozenset({"episodes", "finetune_epochs", "finetune_lr", "augment", "refine"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class SearchSettings:
     finetune_epochs, finetune_lr, refine
         After the search: epochs and learning rate of the fine-tuning, and how many policies get it (see
         `fit.likely_winners`).
+    augment
+        How the images of that fine-tuning are varied: "none", "shift", "mirror" or "shift+mirror".
     measure_first, measure_every
         In "hybrid": the first episodes and every n-th are measured, besides each new best one.
     """
@@ -85,6 +88,7 @@ class SearchSettings:
     sensitivity_images: int = 128
     finetune_epochs: int = 6
     finetune_lr: float = 0.04
+    augment: str = "none"
     refine: int = 2
     measure_first: int = 8
     measure_every: int = 8
@@ -95,6 +99,7 @@ class SearchSettings:
         _check_choice("latency", self.latency, LATENCY_MODES)
         _check_choice("criterion", self.criterion, CRITERIA)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("augment", self.augment, AUGMENTATIONS)
         _check_number(
             "budget", self.budget, 0.0, 1.0, open_low=True, hint="0.4 asks for 40 % of the dense latency."
         )
