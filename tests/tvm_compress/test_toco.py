@@ -187,7 +187,7 @@ def test_finetuning_keeps_what_compression_fixed(module, split):
 def test_labels_of_the_models_own(module, split):
     unlabelled = replace(split, train=replace(split.train, y=np.zeros_like(split.train.y)))
     result = toco(module, unlabelled, replace(QUICK, labels="model", iterations=5))
-    assert result.summary["labels"] == "the model's own predictions"
+    assert result.summary["loss_labels"] == "model"
     given = replace(split, train=replace(split.train, y=Twin(module).predict(split.train.x).argmax(1)))
     assert result.policy == toco(module, given, replace(QUICK, iterations=5)).policy
 
