@@ -55,7 +55,8 @@ def split() -> Split:
     # Every third image is of one class: mix them.
     order = rng.permutation(300)
     parts = [Dataset(x[order[i::3]], y[order[i::3]].astype(np.int64), ("p", "q", "r")) for i in range(3)]
-    return Split(*parts)
+    train, validation, test = parts
+    return Split(train, validation, test)
 
 
 @pytest.fixture(scope="module")

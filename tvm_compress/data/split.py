@@ -18,8 +18,8 @@ class Source:
     Attributes
     ----------
     parts
-        Part's name ("train", "validation", "test") -> images (of any layout) and labels [N], or None where the
-        source has no labels. A source without parts has "train" only.
+        Part's name ("train", "validation", "test") -> images (of any layout) and labels [N], or None
+        where the source has no labels. A source without parts has "train" only.
     class_names
         One name for each label, or nothing where the source does not say.
     """
@@ -78,4 +78,4 @@ def split_source(
             raise DataError(
                 f"Of {total} images none is left for {name}.", "Give more images, or other shares."
             )
-    return Split(*(sets[name] for name in PARTS), labels=labels)
+    return Split(sets["train"], sets["validation"], sets["test"], labels)
