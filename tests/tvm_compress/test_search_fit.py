@@ -121,7 +121,7 @@ def test_likely_winners_are_different_and_near_the_budget() -> None:
         measured(5, 0.99, 0.90, -0.5, 2),
     ]
     settings = SearchSettings(budget=0.5, refine=1)
-    assert [t.episode for t in likely_winners(trials, settings)] == [0, 2, 3]
+    assert [t.episode for t in likely_winners(trials, settings)] == [0, 2]
     assert [t.episode for t in choose(trials, settings)] == [3]
     slow = [dataclasses.replace(t, result=dataclasses.replace(t.result, ratio=2.0)) for t in trials]
     assert [t.episode for t in choose(slow, settings)] == [0]

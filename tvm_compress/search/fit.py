@@ -4,7 +4,6 @@ Widths come in steps and the agent hits the budget from either side. What is lef
 nothing, and a policy a little over it is not lost: its least sensitive channels go.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -31,8 +30,8 @@ def meets_budget(ratio: float, budget: float) -> bool:
 def likely_winners(trials: Sequence[Trial], settings: SearchSettings) -> list[Trial]:
     """Trials that are worth a second look: more than will be fine-tuned.
 
-    As many of the highest rewards, and twice as many of the Pareto set next to the budget: the fastest beyond
-    it and the most accurate within it, in turn. Trials with the same sites count once.
+    As many of the highest rewards, and as many of the Pareto set next to the budget: the fastest beyond it
+    and the most accurate within it, in turn. Trials with the same sites count once.
     """
     by_reward = sorted(trials, key=lambda t: (-t.reward, t.episode))
     front = pareto_front(list(trials))
@@ -40,7 +39,7 @@ def likely_winners(trials: Sequence[Trial], settings: SearchSettings) -> list[Tr
     beyond = [t for t in front if not meets_budget(t.result.ratio, settings.budget)]
     near = [t for pair in _zip_longest(beyond, within) for t in pair]
     chosen: list[Trial] = []
-    for candidates, count in ((by_reward, settings.refine), (near, 2 * settings.refine)):
+    for candidates, count in ((by_reward, settings.refine), (near, settings.refine)):
         target = len(chosen) + count
         for trial in candidates:
             if len(chosen) == target:
@@ -98,12 +97,16 @@ class BudgetFit:
 
     def fit(self, trial: Trial) -> Trial:
         """Measure a trial again and fit what the agent decides, bits and channels, to the budget."""
-        trial = self._judged(trial, trial.policy)
-        finer = self._with_most_bits(trial.policy)
+        policy, budget = trial.policy, self._settings.budget
+        ratio = self._evaluator.ratio(policy, trial.episode)
+        finer = self._with_most_bits(policy)
         if finer is not None:
-            trial = self._better(trial, finer)
-        budget = self._settings.budget
-        return self._widened(trial) if meets_budget(trial.result.ratio, budget) else self._narrowed(trial)
+            with_more = self._evaluator.ratio(finer, trial.episode)
+            if with_more <= max(budget, ratio * (1 + BUDGET_TOLERANCE)):
+                policy, ratio = finer, with_more
+        if meets_budget(ratio, budget):
+            return self._widened(self._judged(trial, policy))
+        return self._judged(trial, self._narrowed(policy, ratio, trial.episode))
 
     def fit_balanced(self, trial: Trial) -> Trial | None:
         """Fit a trial's schemes with all channels, which then go by sensitivity only.
@@ -121,37 +124,40 @@ class BudgetFit:
         reward = reward_of(result, self._settings.budget, self._settings.beta)
         return replace(trial, policy=policy, result=result, reward=reward)
 
-    def _better(self, trial: Trial, policy: CompressionPolicy) -> Trial:
-        """Give the trial of a finer or wider policy if that keeps to the budget and is as accurate."""
-        other = self._judged(trial, policy)
-        most = max(self._settings.budget, trial.result.ratio * (1 + BUDGET_TOLERANCE))
-        within = other.result.ratio <= most
-        return other if within and other.result.accuracy >= trial.result.accuracy else trial
-
     def _widened(self, trial: Trial) -> Trial:
         """Give channels back, set by set, the most cut first, as long as the budget lasts."""
         cut = [group for group in self._problem.sets if _removed(trial.policy, group) > 0]
         for group in sorted(cut, key=lambda one: -_removed(trial.policy, one)):
-            wider = self._better(trial, self._with_channels(trial.policy, group, None))
-            if meets_budget(wider.result.ratio, self._settings.budget):
+            policy = self._with_channels(trial.policy, group, None)
+            if self._evaluator.ratio(policy, trial.episode) > self._settings.budget:
+                continue
+            wider = self._judged(trial, policy)
+            if wider.result.accuracy >= trial.result.accuracy:
                 trial = wider
         return trial
 
-    def _narrowed(self, trial: Trial) -> Trial:
-        """Take as few channels as meet the budget: of ever narrower policies the first, found by halving."""
-        path = [trial.policy]
-        while (policy := self._narrower(path[-1])) is not None:
-            path.append(policy)
-        narrower = path[1:]
-        if not narrower:
-            return trial
-
-        def meets(policy: CompressionPolicy) -> bool:
-            return meets_budget(self._evaluator.ratio(policy, trial.episode), self._settings.budget)
-
-        first = bisect_left(narrower, True, key=meets)
+    def _narrowed(self, policy: CompressionPolicy, ratio: float, episode: int) -> CompressionPolicy:
+        """Take as few channels as meet the budget: of ever narrower policies the first that does."""
+        path = [policy]
+        while (narrower := self._narrower(path[-1])) is not None:
+            path.append(narrower)
+        macs = [self._macs(policy) for policy in path] + [0.0]
+        # Between what misses the budget and what meets it (at last a network of nothing), latency is taken to
+        # go with the MACs: that needs fewer measurements than halving.
+        low, slow = 0, ratio
+        high, fast = len(path), 0.0
+        while high - low > 1:
+            share = (slow - self._settings.budget) / max(slow - fast, 1e-9)
+            wanted = macs[low] - share * (macs[low] - macs[high])
+            middle = next(i for i in range(low + 1, high + 1) if macs[i] <= wanted or i == high)
+            middle = min(max(middle, low + 1), high - 1)
+            ratio = self._evaluator.ratio(path[middle], episode)
+            if meets_budget(ratio, self._settings.budget):
+                high, fast = middle, ratio
+            else:
+                low, slow = middle, max(ratio, self._settings.budget)
         # Where none is fast enough, the narrowest.
-        return self._judged(trial, narrower[min(first, len(narrower) - 1)])
+        return path[min(high, len(path) - 1)]
 
     def _with_most_bits(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         # Where kernels multiply bytes, a site of 2 bits takes as long as one of 6.
