@@ -35,15 +35,18 @@ def fit(one: Trial, budget: float, agent: str = "joint", evaluator: FormulaEvalu
     return BudgetFit(network, RULES, evaluator or FormulaEvaluator(network), settings).fit(one)
 
 
-def test_the_most_cut_sets_widen_first_while_the_budget_lasts() -> None:
+def test_the_most_sensitive_sets_widen_first_while_the_budget_lasts() -> None:
     cut = trial(stem=24, conv1=16, conv2=32, down=32)
-    # Each of the five sites is a fifth of the cost: there is room for conv1, not for conv2 and down besides.
-    budget = cut.result.ratio + 0.17
-    wide = fit(cut, budget)
-    assert wide.policy["conv1"].channels is None
-    assert wide.policy["conv2"].channels == wide.policy["down"].channels == 32
-    assert wide.policy["stem"].channels == 24
-    assert cut.result.ratio < wide.result.ratio <= budget
+    # Each of the five sites is a fifth of the cost: the pair's next step costs 0.1, conv1's 0.05.
+    settings = SearchSettings(budget=cut.result.ratio + 0.12)
+    wide = BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), settings).widen(cut)
+    assert wide.policy["conv2"].channels == wide.policy["down"].channels == 48
+    assert wide.policy["conv1"].channels == 16
+    assert cut.result.ratio < wide.result.ratio <= settings.budget
+    plenty = SearchSettings(budget=1.0)
+    whole = BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), plenty).widen(cut)
+    assert {site.channels for site in whole.policy.sites.values()} == {None}
+    assert BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), plenty).widen(whole) == whole
 
 
 def test_what_is_too_slow_loses_its_least_sensitive_channels() -> None:

@@ -5,7 +5,7 @@ nothing, and a policy a little over it is not lost: its least sensitive channels
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tvm_compress.passes.groups import CoupledSet
@@ -75,6 +75,15 @@ class Judge(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A policy one width further, and what that costs: divergence for each multiply-accumulate."""
+
+    price: float
+    group: str
+    policy: CompressionPolicy
+
+
 class BudgetFit:
     """Makes policies finer and wider, or narrower, until they use the budget, each step measured.
 
@@ -96,7 +105,7 @@ class BudgetFit:
         self._settings = settings
 
     def fit(self, trial: Trial) -> Trial:
-        """Measure a trial again and fit what the agent decides, bits and channels, to the budget."""
+        """Measure a trial again, with the most bits that cost nothing, and narrow it to the budget."""
         policy, budget = trial.policy, self._settings.budget
         ratio = self._evaluator.ratio(policy, trial.episode)
         finer = self._with_most_bits(policy)
@@ -104,9 +113,9 @@ class BudgetFit:
             with_more = self._evaluator.ratio(finer, trial.episode)
             if with_more <= max(budget, ratio * (1 + BUDGET_TOLERANCE)):
                 policy, ratio = finer, with_more
-        if meets_budget(ratio, budget):
-            return self._widened(self._judged(trial, policy))
-        return self._judged(trial, self._narrowed(policy, ratio, trial.episode))
+        if not meets_budget(ratio, budget):
+            policy = self._narrowed(policy, ratio, trial.episode)
+        return self._judged(trial, policy)
 
     def fit_balanced(self, trial: Trial) -> Trial | None:
         """Fit a trial's schemes with all channels, which then go by sensitivity only.
@@ -124,17 +133,16 @@ class BudgetFit:
         reward = reward_of(result, self._settings.budget, self._settings.beta)
         return replace(trial, policy=policy, result=result, reward=reward)
 
-    def _widened(self, trial: Trial) -> Trial:
-        """Give channels back, set by set, the most cut first, as long as the budget lasts."""
-        cut = [group for group in self._problem.sets if _removed(trial.policy, group) > 0]
-        for group in sorted(cut, key=lambda one: -_removed(trial.policy, one)):
-            policy = self._with_channels(trial.policy, group, None)
-            if self._evaluator.ratio(policy, trial.episode) > self._settings.budget:
-                continue
-            wider = self._judged(trial, policy)
-            if wider.result.accuracy >= trial.result.accuracy:
-                trial = wider
-        return trial
+    def widen(self, trial: Trial) -> Trial:
+        """Give channels back while the budget lasts, step by step: first what costs the most divergence."""
+        policy, full = trial.policy, set[str]()
+        while options := [step for step in self._steps(policy, wider=True) if step.group not in full]:
+            step = max(options, key=lambda one: (one.price, one.group))
+            if self._evaluator.ratio(step.policy, trial.episode) <= self._settings.budget:
+                policy = step.policy
+            else:
+                full.add(step.group)
+        return trial if policy == trial.policy else self._judged(trial, policy)
 
     def _narrowed(self, policy: CompressionPolicy, ratio: float, episode: int) -> CompressionPolicy:
         """Take as few channels as meet the budget: of ever narrower policies the first that does."""
@@ -172,28 +180,31 @@ class BudgetFit:
 
     def _narrower(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         """Take one step off the set that loses the least divergence for the MACs that it saves."""
-        options = []
+        steps = self._steps(policy, wider=False)
+        return min(steps, key=lambda one: (one.price, one.group)).policy if steps else None
+
+    def _steps(self, policy: CompressionPolicy, wider: bool) -> list["_Step"]:
+        """Steps to the next width of each set that may be pruned."""
+        steps = []
         macs = self._macs(policy)
         for group in self._problem.sets:
             if not group.prunable or "pruning" not in self._problem.actions:
                 continue
             divergences = {0.0: 0.0, **self._divergences(group)}
             before = _removed(policy, group)
-            removed = max(share for share in divergences if share <= before + 1e-6)
-            # Widths are whole: a step that ends where it began is none.
-            further = [
-                (share, candidate)
-                for share in sorted(divergences)
-                if share > before + 1e-6
-                and _removed(candidate := self._with_channels(policy, group, _kept(group, share)), group)
-                > before + 1e-6
-            ]
-            if not further:
-                continue
-            share, candidate = further[0]
-            lost = max(divergences[share] - divergences[removed], 0.0) + _LEAST_DIVERGENCE
-            options.append((lost / max(macs - self._macs(candidate), 1.0), group.name, candidate))
-        return min(options, key=lambda option: option[:2])[2] if options else None
+            known = max(share for share in divergences if share <= before + 1e-6)
+            for share in sorted(divergences, reverse=wider):
+                channels = _kept(group, share)
+                # Widths are whole: a step that ends where it began is none.
+                change = channels - _kept(group, before)
+                if change == 0 or (change > 0) != wider:
+                    continue
+                candidate = self._with_channels(policy, group, channels)
+                lost = abs(divergences[share] - divergences[known]) + _LEAST_DIVERGENCE
+                price = lost / max(abs(macs - self._macs(candidate)), 1.0)
+                steps.append(_Step(price, group.name, candidate))
+                break
+        return steps
 
     def _divergences(self, group: CoupledSet) -> dict[float, float]:
         for name in group.producers:
@@ -203,11 +214,12 @@ class BudgetFit:
         return {}
 
     def _with_channels(
-        self, policy: CompressionPolicy, group: CoupledSet, channels: int | None
+        self, policy: CompressionPolicy, group: CoupledSet, channels: int
     ) -> CompressionPolicy:
         sites = dict(policy.sites)
         for name in group.producers:
-            sites[name] = replace(policy[name], channels=channels, kept=None)
+            whole = channels == group.channels
+            sites[name] = replace(policy[name], channels=None if whole else channels, kept=None)
         changed = replace(policy, sites=sites)
         return changed.legalize(self._problem.sites, self._rules, self._problem.sets)
 

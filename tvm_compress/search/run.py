@@ -307,5 +307,5 @@ class _Search:
         winners = likely_winners(trials, self.settings)
         balanced = fit.fit_balanced(winners[0])
         fitted = [*(fit.fit(trial) for trial in winners), *([] if balanced is None else [balanced])]
-        chosen = choose(fitted, self.settings)
+        chosen = [fit.widen(trial) for trial in choose(fitted, self.settings)]
         return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)
