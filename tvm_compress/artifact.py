@@ -116,6 +116,9 @@ class Verification:
         How many samples were run.
     device
         Where they were run.
+    labels
+        "data", or "model": then `accuracy` is the share on which the library predicts as the model that gave
+        the labels did.
     """
 
     accuracy: float
@@ -123,6 +126,7 @@ class Verification:
     largest_difference: float | None
     samples: int
     device: str
+    labels: str = "data"
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,12 @@ class Artifact:
             )
 
     def verify(
-        self, images: np.ndarray, labels: np.ndarray, device: Device, twin_logits: np.ndarray | None = None
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        device: Device,
+        twin_logits: np.ndarray | None = None,
+        labels_from: str = "data",
     ) -> Verification:
         """Run labelled images and compare with what the twin computed for the same images."""
         logits = self.predict(images, device)
@@ -265,9 +274,8 @@ class Artifact:
         if twin_logits is not None:
             agreement = float((predicted == twin_logits.argmax(axis=1)).mean())
             largest = float(np.abs(logits - twin_logits).max())
-        return Verification(
-            float((predicted == labels).mean()), agreement, largest, len(images), str(device.name)
-        )
+        accuracy = float((predicted == labels).mean())
+        return Verification(accuracy, agreement, largest, len(images), str(device.name), labels_from)
 
     def record(self, verification: Verification) -> "Artifact":
         """Write what was verified into the manifest and return the artifact with it."""

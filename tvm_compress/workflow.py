@@ -11,7 +11,7 @@ import torch
 
 from tvm_compress.artifact import Artifact, Verification
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
-from tvm_compress.data.dataset import Dataset, Split
+from tvm_compress.data.dataset import Split
 from tvm_compress.errors import TargetError
 from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.metrics.cost import metrics
@@ -126,7 +126,7 @@ def run_study(
     built = []
     for index, target in enumerate(wanted):
         progress(ProgressEvent("build", index, len(wanted), text=target))
-        built.append(_build_and_check(model, best, split.test, target, devices[target], path, measurement))
+        built.append(_build_and_check(model, best, split, target, devices[target], path, measurement))
     data = _report_data(title or f"Study {path.name}", path.name, model, best, search, built, settings)
     (path / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
     report = write_report(data, path / "report.html")
@@ -136,7 +136,7 @@ def run_study(
 def _build_and_check(
     dense: Model,
     best: Model,
-    test: Dataset,
+    split: Split,
     target: str,
     device: Device,
     path: Path,
@@ -147,10 +147,12 @@ def _build_and_check(
         compile_model(dense, target, path / f"artifact-dense-{label}"),
         compile_model(best, target, path / f"artifact-{label}"),
     )
+    test = split.test
     images = test if device.unit == "seconds" else test.take(slice(0, EMULATED_IMAGES))
     checks = []
     for model, artifact in zip((dense, best), artifacts, strict=True):
-        checks.append(artifact.verify(images.normalized(), images.y, device, twin_logits(model, images)))
+        logits = twin_logits(model, images)
+        checks.append(artifact.verify(images.normalized(), images.y, device, logits, split.labels))
     recorded = [artifact.record(check) for artifact, check in zip(artifacts, checks, strict=True)]
     timing = measurement or MeasurementSettings(threads=device.threads, warmup=3, repeat=30, min_repeat_ms=20)
     latencies = recorded[1].benchmark(device, {"dense": recorded[0]}, timing)
@@ -221,6 +223,7 @@ def _report_data(
         settings={key: str(value) for key, value in settings.to_dict().items()}
         | {"final measurement": ", ".join(f"{k} {v}" for k, v in timing.to_dict().items())}
         | {"test images": ", ".join(f"{b.best_check.samples} on {b.best_check.device}" for b in built)}
+        | {"labels": "the data's" if built[0].best_check.labels == "data" else "the model's own predictions"}
         | {"seconds": ", ".join(f"{k} {v:.1f}" for k, v in search.seconds.items())},
         versions={
             "python": platform.python_version(),

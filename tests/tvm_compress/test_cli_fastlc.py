@@ -57,6 +57,21 @@ def test_with_data_the_accuracy_is_told(capsys: pytest.CaptureFixture[str], tmp_
     assert made["metrics"]["macs"] < 0.95 * call(capsys, "inspect", SAMPLE)["metrics"]["macs"]
 
 
+def test_images_without_labels_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    data = ["--data", str(tmp_path / "x.npz"), "--images", "32"]
+    fewer = call(capsys, *FASTLC, *data, "--draws", "1", "--scheme", "kmeans", "-o", str(tmp_path / "m"))
+    assert fewer["labels"] == fewer["curvature_labels"] == "model"
+    toco = ["compress", SAMPLE, "--method", "toco", *data, "--iterations", "2", "-o", str(tmp_path / "t")]
+    told = call(capsys, *toco)
+    assert told["labels"] == told["loss_labels"] == "model"
+    assert main([*toco]) == 0
+    said = capsys.readouterr()
+    assert "has no labels: the model's own predictions stand in" in said.err
+    assert "by the model's own predictions" in said.out
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

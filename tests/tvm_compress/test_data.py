@@ -17,6 +17,7 @@ from tvm_compress.data.load import load_data
 from tvm_compress.data.split import Source, split_source
 from tvm_compress.errors import DataError
 from tvm_compress.model import Model
+from tvm_compress.twin import Twin
 
 RNG = np.random.default_rng
 
@@ -202,6 +203,30 @@ def test_declared_normalization_wins(tmp_path: Path, gray: Model) -> None:
     split = load_data(path, gray, normalization=Normalization())
     np.testing.assert_array_equal(split.train.normalized(), split.train.x)
     assert split.train.x.dtype == np.float32
+
+
+def test_without_labels_the_model_gives_them(tmp_path: Path, gray: Model) -> None:
+    x, y = images(40)
+    labelled = load_data(save(tmp_path / "l.npz", x=x, y=y), gray)
+    assert labelled.labels == "data"
+    for path in (save(tmp_path / "u.npz", x=x), tmp_path / "folder"):
+        if path.suffix != ".npz":
+            path.mkdir()
+            for index, image in enumerate(x):
+                Image.fromarray(image[0]).save(path / f"{index:02d}.png")
+        split = load_data(path, gray)
+        assert split.labels == "model"
+        assert len(split.train) == len(labelled.train)
+        for part in (split.train, split.validation, split.test):
+            own = Twin(gray.module).predict(part.normalized()).argmax(axis=1)
+            np.testing.assert_array_equal(part.y, own)
+
+
+def test_labels_for_all_parts_or_none(tmp_path: Path, gray: Model) -> None:
+    x, y = images(40)
+    path = save(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x)
+    with pytest.raises(DataError, match="has labels, but not for: test"):
+        load_data(path, gray)
 
 
 def bad_npz() -> dict[str, tuple[dict[str, np.ndarray], str]]:

@@ -18,7 +18,10 @@ from tvm_compress.passes.groups import find_coupled_sets
 from tvm_compress.passes.params import get_stage
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
+from tvm_compress.rpc.device import open_device
+from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.latency import CHECKS_FIRST, KernelLatency, LatencyMeter
 from tvm_compress.search.problem import SearchProblem
 from tvm_compress.search.refine import best_refined
 from tvm_compress.search.results import ProgressEvent, SearchResult
@@ -234,6 +237,37 @@ def test_hybrid_measures_the_first_and_predicts_others(model, split, tmp_path):
     assert saved["rows"] > 5
     predicted = [t.result.ratio for t in result.trials if t.result.latency_kind == "predicted"]
     assert all(0.02 < ratio < 10 for ratio in predicted)
+
+
+def test_kernels_are_timed_once_and_summed_up(model, split, tmp_path):
+    settings = dataclasses.replace(SETTINGS, latency="kernels", episodes=7, finetune_epochs=0, refine=1)
+    result = run_search(model, split, settings, tmp_path)
+    kinds = [trial.result.latency_kind for trial in result.trials]
+    assert kinds[:CHECKS_FIRST] == ["measured"] * CHECKS_FIRST
+    assert "summed" in kinds
+    assert result.best.result.latency_kind == "measured"
+    summed = [t.result.ratio for t in result.trials if t.result.latency_kind == "summed"]
+    assert all(0.02 < ratio < 10 for ratio in summed)
+    rows = MeasurementStore(tmp_path / "measurements.sqlite").rows()
+    kernels = [row["key"] for row in rows if row["provenance"]["what"] == "kernel"]
+    assert len(kernels) == len(set(kernels)) > 5
+
+
+def test_a_sum_of_kernels_is_corrected_by_whole_networks(model, tmp_path):
+    store = MeasurementStore(tmp_path / "m.sqlite")
+    target = parse_target("host")
+    with LatencyMeter(open_device("local"), target, store, model.input_spec.shape) as meter:
+        meter.set_dense(model.module, "dense")
+        source = KernelLatency(meter, SETTINGS)
+        first = [source.latency(model.module, f"policy {n}", n, 0.9) for n in range(CHECKS_FIRST)]
+        after = source.latency(model.module, "another", 5, 0.9)
+    assert [one.kind for one in first] == ["measured"] * CHECKS_FIRST
+    assert after.kind == "summed"
+    # The same network: its kernels' sum, corrected, is what the whole takes.
+    assert after.value == pytest.approx(np.median([whole for _, whole in source.checks]), rel=1e-9)
+    again = KernelLatency(meter, SETTINGS)
+    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert again.checks == source.checks
 
 
 def test_sensitivity_grows_with_compression_and_repeats(problem, compressor, split):

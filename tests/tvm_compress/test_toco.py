@@ -55,7 +55,8 @@ def split() -> Split:
     # Every third image is of one class: mix them.
     order = rng.permutation(300)
     parts = [Dataset(x[order[i::3]], y[order[i::3]].astype(np.int64), ("p", "q", "r")) for i in range(3)]
-    return Split(*parts)
+    train, validation, test = parts
+    return Split(train, validation, test)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_finetuning_keeps_what_compression_fixed(module, split):
 def test_labels_of_the_models_own(module, split):
     unlabelled = replace(split, train=replace(split.train, y=np.zeros_like(split.train.y)))
     result = toco(module, unlabelled, replace(QUICK, labels="model", iterations=5))
-    assert result.summary["labels"] == "the model's own predictions"
+    assert result.summary["loss_labels"] == "model"
     given = replace(split, train=replace(split.train, y=Twin(module).predict(split.train.x).argmax(1)))
     assert result.policy == toco(module, given, replace(QUICK, iterations=5)).policy
 

@@ -177,10 +177,11 @@ def _finish(
     if split is not None:
         right = twin_logits(compressed, split.validation).argmax(axis=1) == split.validation.y
         accuracy = float(right.mean())
-        told = f"validation accuracy: {100 * accuracy:.2f} % ({len(right)} images, twin)"
+        told = f"validation accuracy: {100 * accuracy:.2f} % ({len(right)} images, twin{_whose(split)})"
     result = {
         "model": str(output),
         "validation_accuracy": accuracy,
+        "labels": None if split is None else split.labels,
         "metrics": metrics(compressed.module, model_policy(compressed)),
         **summary,
     }
@@ -195,6 +196,10 @@ def _finish(
                 f"next: tvm-compress compile {output} --target {target} -o ARTIFACT",
             ]
         )
+
+
+def _whose(split: Split) -> str:
+    return "; by the model's own predictions" if split.labels == "model" else ""
 
 
 def _is_short(value: object) -> bool:

@@ -31,7 +31,10 @@ def model_and_data(
             "No data was given.", "Name it with --data: an .npz, an IDX folder, an image folder, ..."
         )
     loaded = load_model(model)
-    return loaded, load_data(source, loaded, seed, layout=layout, normalization=normalization(mean, std))
+    split = load_data(source, loaded, seed, layout=layout, normalization=normalization(mean, std))
+    if split.labels == "model":
+        sys.stderr.write(f"{source} has no labels: the model's own predictions stand in for them.\n")
+    return loaded, split
 
 
 def normalization(mean: str | None, std: str | None) -> Normalization | None:

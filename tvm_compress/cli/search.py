@@ -54,7 +54,10 @@ def search(
         list[str] | None, typer.Option(help="Further targets to build artifacts for; may be repeated.")
     ] = None,
     latency: Annotated[
-        str, typer.Option(help="measure, or hybrid: predicted where that is safe.")
+        str,
+        typer.Option(
+            help="measure; kernels: the sum of kernels, each timed once; or hybrid: predicted where safe."
+        ),
     ] = DEFAULTS.latency,
     rounding: Annotated[
         int, typer.Option(help="Kept channels are rounded up to 1, 8 or 32.")

@@ -46,9 +46,8 @@ def verify(
     loaded = Artifact.load(artifact)
     source, split = model_and_data(model, data, split_seed, layout, mean, std)
     test = split.test.take(slice(0, limit)) if limit else split.test
-    check = loaded.verify(
-        test.normalized(), test.y, open_device(device, threads=threads), twin_logits(source, test)
-    )
+    on = open_device(device, threads=threads)
+    check = loaded.verify(test.normalized(), test.y, on, twin_logits(source, test), split.labels)
     before = loaded.manifest.accuracy
     recorded = loaded.record(check)
     if artifact.suffix == ".tar":
@@ -60,6 +59,7 @@ def verify(
         "largest_difference": check.largest_difference,
         "samples": check.samples,
         "device": check.device,
+        "labels": check.labels,
         "manifest_accuracy_before": before["value"] if before else None,
     }
     if as_json:

@@ -109,11 +109,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Three disjoint parts of one source; search and fine-tuning see `train` and `validation` only."""
+    """Three disjoint parts of one source; search and fine-tuning see `train` and `validation` only.
+
+    Attributes
+    ----------
+    labels
+        "data", or "model" where the source had none: then they are the dense model's own predictions, and an
+        accuracy says how far a network agrees with it.
+    """
 
     train: Dataset
     validation: Dataset
     test: Dataset
+    labels: str = "data"
 
 
 def stratified_indices(y: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads images from folders that are named after their classes."""
+"""Reads images from folders that are named after their classes, or from one folder, without labels."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def read_imagefolder(root: Path, shape: tuple[int, ...], class_names: tuple[str, ...] = ()) -> Source:
-    """Read root/CLASS/*.png (or other formats), or root/{train,val,test}/CLASS/*.png.
+    """Read root/CLASS/*.png (or other formats), root/{train,val,test}/CLASS/*.png, or root/*.png unlabelled.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ def read_imagefolder(root: Path, shape: tuple[int, ...], class_names: tuple[str,
     else:
         roots = {"train": root}
     found = sorted({folder.name for part in roots.values() for folder in _subfolders(part)})
+    if not found and holds_images(root):
+        return Source({"train": (_read_images(_image_files(root), shape), None)}, class_names)
     if not found:
         raise DataError(
             f"{root} holds no folders of images.", "Put each class's images in a folder of its name."
@@ -50,19 +52,29 @@ def read_imagefolder(root: Path, shape: tuple[int, ...], class_names: tuple[str,
     return Source(parts, names)
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether image files stand in a folder itself."""
+    return bool(_image_files(folder))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+
+
+def _read_images(files: list[Path], shape: tuple[int, ...]) -> np.ndarray:
+    x = np.empty((len(files), *shape), np.uint8)
+    for row, path in enumerate(files):
+        x[row] = read_image(path, shape)
+    return x
+
+
 def _read_part(folder: Path, shape: tuple[int, ...], names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    files = [
-        (path, names.index(class_folder.name))
-        for class_folder in _subfolders(folder)
-        for path in sorted(class_folder.iterdir())
-        if path.suffix.lower() in _SUFFIXES
-    ]
+    classes = [(one, _image_files(one)) for one in _subfolders(folder)]
+    files = [path for _, paths in classes for path in paths]
     if not files:
         raise DataError(f"{folder} holds no images.")
-    x = np.empty((len(files), *shape), np.uint8)
-    for row, (path, _) in enumerate(files):
-        x[row] = read_image(path, shape)
-    return x, np.asarray([label for _, label in files], np.int64)
+    labels = [names.index(one.name) for one, paths in classes for _ in paths]
+    return _read_images(files, shape), np.asarray(labels, np.int64)
 
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:

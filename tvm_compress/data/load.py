@@ -1,4 +1,4 @@
-"""`load_data`: labelled images from whatever stands at a path, split into train, validation and test."""
+"""`load_data`: images from whatever stands at a path, labelled and split into train, validation and test."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 from tvm_compress.data.cifar import read_cifar
 from tvm_compress.data.dataset import Normalization, Split
 from tvm_compress.data.idx import find_idx, read_idx_part
-from tvm_compress.data.imagefolder import read_imagefolder
+from tvm_compress.data.imagefolder import holds_images, read_imagefolder
 from tvm_compress.data.npz import read_npz
-from tvm_compress.data.split import Source, split_source
+from tvm_compress.data.split import PARTS, Source, split_source
 from tvm_compress.errors import DataError
 from tvm_compress.model import Model
+from tvm_compress.twin import Twin
 
 _LAYOUTS = ("NCHW", "NHWC")
 
@@ -28,14 +29,16 @@ def load_data(
     validation: float = 0.1,
     test: float = 0.1,
 ) -> Split:
-    """Load labelled images that fit a model and split them; search and fine-tuning must not touch `.test`.
+    """Load images that fit a model and split them; search and fine-tuning must not touch `.test`.
+
+    Where the source has no labels, the model's own predictions take their place, and `Split.labels` says so.
 
     Parameters
     ----------
     path
-        An .npz (x, y; or x_train, y_train, x_test, y_test), a folder of IDX files (MNIST, Fashion-MNIST;
-        gzipped or not), of CIFAR-10 binary batches, or of images (CLASS/*.png, or
-        {train,val,test}/CLASS/*.png), or "sample:NAME".
+        An .npz (x, y; or x_train, y_train, x_test, y_test; without y it has no labels), a folder of IDX files
+        (MNIST, Fashion-MNIST; gzipped or not), of CIFAR-10 binary batches, or of images (CLASS/*.png, or
+        {train,val,test}/CLASS/*.png; *.png have no labels), or "sample:NAME".
     model
         Decides which shapes and labels fit, and the normalisation unless one is declared.
     seed
@@ -55,7 +58,7 @@ def load_data(
     Raises
     ------
     DataError
-        If the data are missing or damaged, or do not fit the model.
+        If the data are missing or damaged, do not fit the model, or only some parts have labels.
     """
     if layout is not None and layout not in _LAYOUTS:
         raise DataError(f"The layout must be NCHW or NHWC, not {layout!r}.")
@@ -63,19 +66,31 @@ def load_data(
     spec = model.input_spec
     norm = normalization or Normalization(spec.mean, spec.std)
     identity = not any(norm.mean) and all(v == 1 for v in norm.std)
-    parts = {}
+    labelled = _labelled(source, path)
+    twin = None if labelled else Twin(model.module)
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for name, (x, y) in source.parts.items():
         where = f"{path} ({name})"
-        if len(x) != len(y):
-            raise DataError(f"{where} holds {len(x)} images and {len(y)} labels.")
         if not len(x):
             raise DataError(f"{where} holds no images.")
-        _check_labels(y, model, where)
         pixels = _pixels(_to_nchw(x, spec.shape[1:], layout, where), where)
         if normalization is None and not identity:
             _check_range(pixels, where)
+        if twin is not None:
+            y = twin.predict(norm.apply(pixels)).argmax(axis=1)
+        assert y is not None
+        _check_labels(y, len(x), model, where)
         parts[name] = (pixels, y)
-    return split_source(Source(parts, _class_names(source, model)), seed, norm, validation, test)
+    complete = Source(parts, _class_names(source, model))
+    return split_source(complete, seed, norm, validation, test, "data" if labelled else "model")
+
+
+def _labelled(source: Source, path: str | Path) -> bool:
+    found = {name: y is not None for name, (_, y) in source.parts.items()}
+    if len(set(found.values())) > 1:
+        without = ", ".join(name for name, has in found.items() if not has)
+        raise DataError(f"{path} has labels, but not for: {without}.", "Label all of its parts, or none.")
+    return all(found.values())
 
 
 def _read(path: str | Path, model: Model) -> Source:
@@ -84,7 +99,7 @@ def _read(path: str | Path, model: Model) -> Source:
         from tvm_compress.samples.load import load_sample_data
 
         split = load_sample_data(text.removeprefix("sample:"))
-        parts = {name: (part.x, part.y) for name, part in vars(split).items()}
+        parts = {name: (getattr(split, name).x, getattr(split, name).y) for name in PARTS}
         return Source(parts, split.train.class_names)
     path = Path(path)
     if path.is_file() and path.suffix == ".npz":
@@ -97,7 +112,7 @@ def _read(path: str | Path, model: Model) -> Source:
         return Source({name: part for name, part in found.items() if part is not None})
     if any(path.glob("data_batch_*.bin")):
         return read_cifar(path)
-    if any(child.is_dir() for child in path.iterdir()):
+    if any(child.is_dir() for child in path.iterdir()) or holds_images(path):
         return read_imagefolder(path, model.input_spec.shape[1:], model.class_names)
     raise DataError(
         f"{text} holds no data that are known here.",
@@ -157,7 +172,9 @@ def _check_range(x: np.ndarray, where: str) -> None:
         )
 
 
-def _check_labels(y: np.ndarray, model: Model, where: str) -> None:
+def _check_labels(y: np.ndarray, images: int, model: Model, where: str) -> None:
+    if images != len(y):
+        raise DataError(f"{where} holds {images} images and {len(y)} labels.")
     if y.min() < 0 or y.max() >= model.num_classes:
         raise DataError(
             f"{where} holds labels from {y.min()} to {y.max()}; the model has {model.num_classes} classes.",

@@ -1,4 +1,4 @@
-"""Reads labelled images from a NumPy archive."""
+"""Reads images, labelled or not, from a NumPy archive."""
 
 import zipfile
 import zlib
@@ -15,6 +15,8 @@ _PARTS = {"train": "train", "validation": "validation", "val": "validation", "te
 def read_npz(path: Path) -> Source:
     """Read `x` and `y`, or `x_train` and `y_train` and, if there, `validation` (or `val`) and `test`.
 
+    An `x` without its `y` has no labels.
+
     Raises
     ------
     DataError
@@ -30,18 +32,18 @@ def read_npz(path: Path) -> Source:
             found = list(archive.files)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable .npz: {error}.") from error
-    parts = {}
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for name, part in {"": "train", **_PARTS}.items():
         keys = [f"{axis}_{name}" if name else axis for axis in "xy"]
-        present = [key for key in keys if key in arrays]
-        if len(present) == 1:
-            raise DataError(
-                f"{path} holds {present[0]!r} without its {'labels' if present[0][0] == 'x' else 'images'}."
-            )
-        if present:
-            if part in parts:
-                raise DataError(f"{path} holds the part {part!r} twice: its keys are {', '.join(found)}.")
-            parts[part] = (arrays[keys[0]], read_labels(arrays[keys[1]], f"{path.name}:{keys[1]}"))
+        images, labels = (arrays.get(key) for key in keys)
+        if images is None:
+            if labels is not None:
+                raise DataError(f"{path} holds {keys[1]!r} without its images.")
+            continue
+        if part in parts:
+            raise DataError(f"{path} holds the part {part!r} twice: its keys are {', '.join(found)}.")
+        y = None if labels is None else read_labels(labels, f"{path.name}:{keys[1]}")
+        parts[part] = (images, y)
     if "train" not in parts:
         raise DataError(
             f"{path} holds {', '.join(found) or 'nothing'}.",

@@ -121,8 +121,9 @@ def _derivatives(
         if progress is not None:
             progress("curvature", done, total)
 
+    y = some.y if split.labels == "data" else None
     return estimate_curvature(
-        module, some.normalized(), some.y, draws=settings.draws, seed=settings.seed, progress=tell
+        module, some.normalized(), y, draws=settings.draws, seed=settings.seed, progress=tell
     )
 
 

@@ -70,7 +70,7 @@ def rewards(data: ReportData) -> bytes:
 def accuracy_against_latency(data: ReportData) -> bytes:
     """Every trial, the Pareto front, the budget and the chosen policy."""
     figure, (ax,) = _figure(7.2, 4.0)
-    for kind, marker in (("measured", "o"), ("predicted", "x")):
+    for kind, marker in (("measured", "o"), ("summed", "+"), ("predicted", "x")):
         points = [t for t in data.trials if t.latency_kind == kind]
         if points:
             ax.plot(

@@ -54,7 +54,7 @@ def load_sample_data(name: str) -> Split:
             )
             for part in ("train", "validation", "test")
         }
-    return Split(**sets)
+    return Split(sets["train"], sets["validation"], sets["test"])
 
 
 def sample_module(name: str) -> torch.nn.Module:

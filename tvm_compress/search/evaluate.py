@@ -15,7 +15,7 @@ from tvm_compress.twin import Twin
 
 
 class LatencySource(Protocol):
-    """Where the latency of a module comes from: `latency.MeasuredLatency` or `latency.HybridLatency`."""
+    """Where the latency of a module comes from: one of `latency`'s."""
 
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """Latency of a module with the structure `key`."""

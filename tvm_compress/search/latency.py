@@ -22,7 +22,7 @@ from tvm_compress.rpc.device import ArgumentSpecs, Device, LatencyResult, Measur
 from tvm_compress.rpc.measure import measure
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
-from tvm_compress.search.results import MEASURED, PREDICTED
+from tvm_compress.search.results import MEASURED, PREDICTED, SUMMED
 from tvm_compress.search.settings import SearchSettings
 
 # A candidate that the device fails on (twice) counts as this many times slower than the dense model.
@@ -35,6 +35,8 @@ THOROUGH = MeasurementSettings(repeat=30, min_repeat_ms=20.0)
 # The same for a single kernel.
 KERNEL_SAMPLES = 3
 KERNEL_SAMPLE_MS = 2.0
+# So many whole networks are measured before sums of kernels are trusted.
+CHECKS_FIRST = 3
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Latency:
 
     value: float
     ratio: float
-    kind: str  # "measured" | "predicted" | "failed"
+    kind: str  # "measured" | "summed" | "predicted" | "failed"
 
 
 def structure_key(policy: CompressionPolicy, model: str, where: str) -> str:
@@ -93,6 +95,7 @@ class LatencyMeter:
         self._kernel_settings = replace(self._settings, repeat=KERNEL_SAMPLES, min_repeat_ms=KERNEL_SAMPLE_MS)
         self._stack = ExitStack()
         self._session: Session | None = None
+        self._kernel_session: Session | None = None
         self._dense_library: Path | None = None
         self._dense: LatencyResult | None = None
 
@@ -172,8 +175,13 @@ class LatencyMeter:
             self._put(key, result, provenance)
         return result
 
-    def time_kernels(self, library: Path, kernels: Sequence[KernelInfo]) -> dict[str, LatencyResult]:
-        """Latency of one call of each kernel of a library, by key; from the store where it has them."""
+    def time_kernels(
+        self, kernels: Sequence[KernelInfo], library: Path | None = None
+    ) -> dict[str, LatencyResult]:
+        """Latency of one call of each kernel, by key; from the store where it has them.
+
+        Those that it lacks are timed in `library`, or in one that is built of them alone.
+        """
         found = {
             k.key: r
             for k in kernels
@@ -181,10 +189,8 @@ class LatencyMeter:
         }
         missing = {k.name: k for k in kernels if k.key not in found}
         if missing:
-            with self.device.open(self._kernel_settings) as session:
-                timed = session.time_kernels(
-                    library, {name: argument_specs(k) for name, k in missing.items()}
-                )
+            specs = {name: argument_specs(k) for name, k in missing.items()}
+            timed = self._open_for_kernels().time_kernels(library or self._library_of(missing), specs)
             for name, result in timed.items():
                 if result.ok:
                     found[missing[name].key] = result
@@ -192,6 +198,18 @@ class LatencyMeter:
                         _kernel_key(missing[name]), result, {"what": "kernel", "kind": missing[name].kind}
                     )
         return found
+
+    def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
+        functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
+        path = self._folder / "kernels.so"
+        compiled = tvm.compile(tvm.IRModule(functions), self.target)
+        compiled.export_library(str(path), fcompile=export_fcompile(self.device.target_triple))
+        return path
+
+    def _open_for_kernels(self) -> Session:
+        if self._kernel_session is None:
+            self._kernel_session = self._stack.enter_context(self.device.open(self._kernel_settings))
+        return self._kernel_session
 
     def _open(self) -> Session:
         if self._session is None:
@@ -243,6 +261,46 @@ def _measured(result: LatencyResult, dense: LatencyResult) -> Latency:
     if not result.ok:
         return Latency(FAILED_RATIO * dense.value, FAILED_RATIO, "failed")
     return Latency(result.value, result.value / dense.value, MEASURED)
+
+
+class KernelLatency:
+    """Sums up a policy's kernels, each of which is built and timed once in all its networks.
+
+    Whole networks are measured for the first episodes and every n-th; the median of measured over summed
+    corrects the sums, for what a network costs beside its kernels.
+    """
+
+    def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
+        self._meter = meter
+        self._settings = settings
+        # (sum of the kernels, latency of the whole network).
+        self.checks: list[tuple[float, float]] = []
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """Latency of an integer (or float) module with the structure `key`."""
+        lowered = lower(module, self._meter.target)
+        kernels = kernel_infos(lowered, self._meter.target)
+        times = self._meter.time_kernels(kernels)
+        dense = self._meter.dense
+        failed = [kernel for kernel in kernels if kernel.key not in times]
+        if failed:
+            return Latency(FAILED_RATIO * dense.value, FAILED_RATIO, "failed")
+        total = sum(times[kernel.key].value * kernel.count for kernel in kernels)
+        if len(self.checks) < CHECKS_FIRST or (episode + 1) % self._settings.measure_every == 0:
+            result = self._meter.measured(key) or self._meter.measure(build(lowered, self._meter.target), key)
+            if result.ok:
+                self.checks.append((total, result.value))
+            return _measured(result, dense)
+        value = total * float(np.median([whole / kernels for kernels, whole in self.checks]))
+        return Latency(value, value / dense.value, SUMMED)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checks so far; the kernels' times are in the store."""
+        return {"checks": [list(check) for check in self.checks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        self.checks = [(total, whole) for total, whole in state["checks"]]
 
 
 class HybridLatency:
@@ -299,7 +357,7 @@ class HybridLatency:
         if result.kernels:
             values = {k.key: result.kernels[k.name] / k.count for k in kernels if k.name in result.kernels}
         else:
-            timed = self._meter.time_kernels(self._meter.export(compiled, "candidate"), kernels)
+            timed = self._meter.time_kernels(kernels, self._meter.export(compiled, "candidate"))
             values = {key: timing.value for key, timing in timed.items()}
         for kernel in kernels:
             if kernel.key in values:

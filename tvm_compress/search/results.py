@@ -11,6 +11,7 @@ import tvm
 from tvm_compress.passes.policy import CompressionPolicy
 
 MEASURED = "measured"
+SUMMED = "summed"
 PREDICTED = "predicted"
 
 
@@ -28,7 +29,7 @@ class EpisodeResult:
     ratio
         Latency over the dense model's, under the same schedules and threads.
     latency_kind
-        "measured" or "predicted".
+        "measured" (the whole network), "summed" (its measured kernels), "predicted" or "failed".
     unit
         "seconds" or "estimated_cycles".
     metrics

@@ -31,7 +31,14 @@ from tvm_compress.search.agents import make_agent
 from tvm_compress.search.environment import CompressionEnv
 from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
 from tvm_compress.search.fit import BudgetFit, choose, likely_winners
-from tvm_compress.search.latency import SHORT, THOROUGH, HybridLatency, LatencyMeter, MeasuredLatency
+from tvm_compress.search.latency import (
+    SHORT,
+    THOROUGH,
+    HybridLatency,
+    KernelLatency,
+    LatencyMeter,
+    MeasuredLatency,
+)
 from tvm_compress.search.loop import run_episodes
 from tvm_compress.search.observation import SiteObservation, curvature_statistics, tolerance_statistics
 from tvm_compress.search.problem import SearchProblem
@@ -119,6 +126,12 @@ def _facts(model: Model, split: Split, curvature: CurvatureStatistics) -> dict[s
     }
 
 
+def _latency_source(meter: LatencyMeter, settings: SearchSettings) -> LatencySource:
+    if settings.latency == "hybrid":
+        return HybridLatency(meter, settings)
+    return KernelLatency(meter, settings) if settings.latency == "kernels" else MeasuredLatency(meter)
+
+
 @dataclass(frozen=True)
 class _Images:
     """The images that the steps of a search see, drawn once from the seed."""
@@ -172,9 +185,7 @@ class _Search:
         with self._meter(device, store, SHORT) as meter:
             with self._timed("dense"):
                 dense = self._dense(meter)
-            source = (
-                HybridLatency(meter, settings) if settings.latency == "hybrid" else MeasuredLatency(meter)
-            )
+            source = _latency_source(meter, settings)
             with self._timed("episodes"):
                 trials = self._episodes(problem, self._evaluator(compressor, source, meter))
             if isinstance(source, HybridLatency):

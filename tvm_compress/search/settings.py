@@ -9,7 +9,7 @@ from tvm_compress.finetune import AUGMENTATIONS
 
 AGENTS = ("pruning", "quantization", "joint")
 STRATEGIES = ("ddpg", "random")
-LATENCY_MODES = ("measure", "hybrid")
+LATENCY_MODES = ("measure", "kernels", "hybrid")
 CRITERIA = ("tolerance", "l1", "l2")
 ROUNDINGS = (1, 8, 32)
 DEFAULT_TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
@@ -40,7 +40,8 @@ class SearchSettings:
     target
         TVM target of the kernels; empty means the device's own.
     latency
-        "measure" builds and times each policy; "hybrid" asks the latency model and measures some.
+        "measure" builds and times each policy; "kernels" times each distinct kernel once, sums them up and
+        measures whole policies now and then; "hybrid" asks the latency model and measures some.
     rounding
         Kept channels are rounded up to a multiple of this. 8 fills the vectors of all kernels; 32 keeps every
         site that is fit for bit-serial kernels fit, but cannot prune a set of 32 channels or fewer.
@@ -63,7 +64,8 @@ class SearchSettings:
     augment
         How the images of that fine-tuning are varied: "none", "shift", "mirror" or "shift+mirror".
     measure_first, measure_every
-        In "hybrid": the first episodes and every n-th are measured, besides each new best one.
+        In "hybrid": the first episodes and every n-th are measured, besides each new best one. In "kernels"
+        every n-th is.
     """
 
     agent: str = "joint"

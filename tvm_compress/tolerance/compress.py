@@ -102,7 +102,9 @@ def toco(
             seed=settings.seed,
             observer=HoldWeights(compressed, held, zeros_only=settings.objective == "prune"),
         )
-    summary = _summary(state, done, loop.dense_loss, settings) | {"seconds": time.perf_counter() - started}
+    summary = _summary(state, done, loop.dense_loss, settings, split.labels) | {
+        "seconds": time.perf_counter() - started
+    }
     return MethodResult(compressed, policy, summary)
 
 
@@ -216,7 +218,7 @@ class HoldWeights:
 
 
 def _summary(
-    state: State, done: list[Iteration], dense_loss: float, settings: TocoSettings
+    state: State, done: list[Iteration], dense_loss: float, settings: TocoSettings, labels: str
 ) -> dict[str, Any]:
     size = done[-1].size if done else 1.0
     result: dict[str, Any] = {
@@ -230,6 +232,6 @@ def _summary(
     else:
         result["bits_per_weight"] = size
         result["bits_from"] = f"percentile {settings.percentile:g}" if settings.percentile else "minimum"
-    if settings.labels == "model":
-        result["labels"] = "the model's own predictions"
+    if "model" in (settings.labels, labels):
+        result["loss_labels"] = "model"
     return result
