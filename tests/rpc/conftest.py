@@ -5,7 +5,10 @@
 # mypy: disable-error-code="valid-type"
 
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +16,19 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax
+from tvm.rpc.tracker import Tracker
 from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
+from tvm_compress.rpc.address import Tracker as Address
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
+from tvm_compress.rpc.emulated_a72 import worker_command
+from tvm_compress.rpc.emulation_kit import prepare
+from tvm_compress.rpc.relay import boards
+from tvm_compress.rpc.serve import BoardServer
+from tvm_compress.rpc.worker import WorkerProcess
 
 TARGETS = {
     "local": {"kind": "llvm"},
@@ -40,6 +50,10 @@ class Bench:
     device: Device
     session: Session
     build: Callable[[str], Path]
+    #: A device whose libraries this one cannot run.
+    foreign: str
+    #: What an error says of a library that crashed.
+    crashed: str = "SIGSEGV"
 
 
 @I.ir_module
@@ -128,11 +142,55 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
     return build
 
 
-@pytest.fixture(params=sorted(TARGETS), scope="module")
+@pytest.fixture(scope="module")
+def tracker() -> Iterator[Address]:
+    """A tracker of TVM on loopback, and the key of the boards."""
+    server = Tracker(host="127.0.0.1", port=9190, port_end=9990, silent=True)
+    yield Address("127.0.0.1", server.port, "pi")
+    server.terminate()
+
+
+@contextmanager
+def emulated_boards(tracker: Address, count: int) -> Iterator[list[BoardServer]]:
+    """Announce emulated boards at a tracker, and wait until it knows them."""
+    kit = prepare()
+    servers = [
+        BoardServer(tracker, lambda: WorkerProcess(*worker_command(kit, counting=False)), host="127.0.0.1")
+        for _ in range(count)
+    ]
+    threads = [threading.Thread(target=server.run, daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    while len(boards(tracker.host, tracker.port, tracker.key)) < count:
+        time.sleep(0.05)
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+        for thread in threads:
+            thread.join(20)
+
+
+@pytest.fixture(params=[*sorted(TARGETS), "tracker"], scope="module")
 def bench(request: pytest.FixtureRequest, build: Callable[[str, str], Path]) -> Iterator[Bench]:
+    if request.param == "tracker":
+        address = request.getfixturevalue("tracker")
+        with emulated_boards(address, 2):
+            device = open_device(str(address))
+            with device.open(QUICK) as session:
+                yield Bench(
+                    device,
+                    session,
+                    lambda name: build(name, "emulated-a72"),
+                    "local",
+                    "ended the session",
+                )
+        return
     device = open_device(request.param)
     with device.open(QUICK) as session:
-        yield Bench(device, session, lambda name: build(name, request.param))
+        foreign = "local" if request.param == "emulated-a72" else "emulated-a72"
+        yield Bench(device, session, lambda name: build(name, request.param), foreign)
 
 
 @pytest.fixture
