@@ -1,6 +1,6 @@
 """Post-training quantization of ResNet-18 w32, CIFAR-10 (JPEG q75), by how weights are rounded.
 
-usage: python scripts/bench/quantization.py [--json docs/figures/quantization.json] [--shared FOLDER] [--cache FOLDER]
+usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--cache FOLDER]
 
 Nothing is trained: 512 calibration images without labels give ranges and the rounding of weights. Accuracy is
 that of the integers, on 5,000 test images. Each point is kept in the cache folder.

@@ -35,11 +35,11 @@ Arrays = tuple[np.ndarray, np.ndarray]
 Masks = dict[str, np.ndarray]
 
 # How many seeds the figures of trained networks take.
-NETWORK_SEEDS = 3
+NETWORK_SEEDS = 2
 # Rates at which methods that prune at once are looked at.
 GRID = tuple(np.round(np.arange(0.1, 0.985, 0.02), 2).tolist())
 # Loss bounds so high that accuracy, not the bound, ends the curves.
-PRUNE = TocoSettings(loss_bound=8.0, sigma=1.05, iterations=200, batches=8)
+PRUNE = TocoSettings(loss_bound=8.0, sigma=1.08, iterations=120, batches=8, images=1024)
 FINETUNE_EPOCHS = 2
 FINETUNE_IMAGES = 15_000
 

@@ -16,6 +16,7 @@ from toco_curves import (
     Arrays,
     Curve,
     Part,
+    Run,
     arrays,
     finished,
     magnitudes,
@@ -103,6 +104,7 @@ def _figure5_seed(seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "processor_seconds": seconds,
+        "importance": _importance(model, run),
         "toco": run.curve,
         "magnitude": score_curve(model.module, magnitudes(model.module), test, GRID),
         "obd": score_curve(model.module, curvature, test, GRID),
@@ -114,9 +116,12 @@ def figure7(seeds: int, folder: Path) -> Part:
     """Figures 7 and 8: how importance goes with the values of weights."""
     del seeds
     figures, data = [], {}
-    for name in ("lenet5-fashion", "vgg-simple"):
-        found = finished(f"figure7-{name}", lambda name=name: _figure7_network(name))
-        data[name] = found
+    found_in = {
+        "lenet5-fashion": lambda: finished("figure7-lenet5", _lenet_importance),
+        "vgg-simple": lambda: finished("figure5-0", lambda: _figure5_seed(0))["importance"],
+    }
+    for name, find in found_in.items():
+        found = data[name] = find()
         layers = ", ".join(f"{value:.2f}" for value in found["by_layer"].values())
         figures.append(
             Figure(
@@ -132,24 +137,28 @@ def figure7(seeds: int, folder: Path) -> Part:
     return figures, {"networks": data}
 
 
-def _figure7_network(name: str) -> dict[str, Any]:
+def _lenet_importance() -> dict[str, Any]:
+    model, split = network("lenet5-fashion")
+    return _importance(model, prune_run(model, split, PRUNE, lost=12))
+
+
+def _importance(model: Model, run: Run) -> dict[str, Any]:
+    """How a run's importance goes with the values of the weights."""
     from scipy.stats import spearmanr
 
-    model, split = network(name)
-    run = prune_run(model, split, PRUNE, lost=12)
     params = get_params(model.module)
     # What never went is as important as anything can be.
     importance = {key: np.minimum(value, 1e6) for key, value in run.importance.items()}
     together = [np.concatenate([part[key].ravel() for key in importance]) for part in (importance, params)]
-    thousandths = np.quantile(np.abs(together[1]), np.linspace(0, 1, 41))
-    place = np.clip(np.searchsorted(thousandths, np.abs(together[1]), side="right") - 1, 0, 39)
+    bounds = np.quantile(np.abs(together[1]), np.linspace(0, 1, 41))
+    place = np.clip(np.searchsorted(bounds, np.abs(together[1]), side="right") - 1, 0, 39)
     return {
         "spearman": float(spearmanr(together[0], np.abs(together[1])).statistic),
         "by_layer": {
             key: float(spearmanr(value.ravel(), np.abs(params[key]).ravel()).statistic)
             for key, value in importance.items()
         },
-        "magnitude": [float(v) for v in thousandths[:-1]],
+        "magnitude": [float(v) for v in bounds[:-1]],
         "pruned_share": [float(np.mean(together[0][place == k] < 1e6)) for k in range(40)],
         "removed": run.curve[-1][0],
     }
