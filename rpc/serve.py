@@ -57,9 +57,6 @@ class BoardServer:
         self.port: int = self._listening.getsockname()[1]
         self._connection: socket.socket | None = None
         self._stop = threading.Event()
-        #: Of the session that is served, or the next one.
-        self.worker: WorkerProcess | None = None
-
     def stop(self) -> None:
         """Let `run` end; a session that is served ends with it."""
         self._stop.set()
@@ -68,11 +65,11 @@ class BoardServer:
         """Serve until `stop` is called."""
         try:
             while not self._stop.is_set():
-                self.worker = self._start()
+                worker = self._start()
                 try:
-                    self._serve_one(self.worker)
+                    self._serve_one(worker)
                 finally:
-                    self.worker.close()
+                    worker.close()
         finally:
             self._listening.close()
             self._hang_up()

@@ -99,16 +99,19 @@ class TrackerDevice(Device):
             worker = Worker(lambda _: command, os.environ, self.wait + START_LIMIT)
         except DeviceFailedError as error:
             raise DeviceFailedError("connection", error.message, _HINT) from None
-        try:
-            worker.call(
-                "Setting the threads",
-                START_LIMIT,
-                lambda: worker.remote.get_function("runtime.config_threadpool")(1, threads),
-            )
-        except DeviceFailedError:
+        found = worker.call("Asking for threads", START_LIMIT, lambda: _threads_of(worker))
+        if found != threads:
             worker.close()
-            raise
+            raise DeviceFailedError(
+                "connection",
+                f"The board serves with {found} threads, not {threads}.",
+                f"Start it by `device serve --threads {threads}`, or measure with {found}.",
+            )
         return worker
+
+
+def _threads_of(worker: Worker) -> int:
+    return int(worker.remote.get_function("runtime.NumThreads")())
 
 
 class TrackerSession(ClockSession):
@@ -156,7 +159,7 @@ class TrackerSession(ClockSession):
         """See `Session.time_many`; after a failure the others are measured anew, together on one board."""
         results: dict[str, LatencyResult] = {}
         while missing := [name for name in candidates if name not in results]:
-            culprit = ""
+            culprit: str | None = None
 
             def sample(missing: list[str] = missing) -> dict[str, LatencyResult]:
                 nonlocal culprit
@@ -173,7 +176,7 @@ class TrackerSession(ClockSession):
             try:
                 results |= self._twice(sample)
             except DeviceFailedError as error:
-                if not culprit:
+                if culprit is None:
                     raise
                 results[culprit] = LatencyResult.failed(error.kind, str(error), "seconds", self.settings)
         return {name: results[name] for name in candidates}

@@ -4,11 +4,12 @@
 # ruff: noqa: N805
 # mypy: disable-error-code="valid-type"
 
+import os
+import signal
 import subprocess
-import threading
-import time
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,6 @@ from tvm.script import tirx as T
 from tvm_compress.rpc.address import Tracker as Address
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
-from tvm_compress.rpc.emulated_a72 import worker_command
-from tvm_compress.rpc.emulation_kit import prepare
-from tvm_compress.rpc.relay import boards
-from tvm_compress.rpc.serve import BoardServer
-from tvm_compress.rpc.worker import WorkerProcess
 
 TARGETS = {
     "local": {"kind": "llvm"},
@@ -150,26 +146,40 @@ def tracker() -> Iterator[Address]:
     server.terminate()
 
 
+@dataclass(frozen=True)
+class Board:
+    """An emulated board that serves in a process of its own."""
+
+    server: subprocess.Popen
+    port: int
+
+    def unplug(self) -> None:
+        """Kill the worker of the session that it serves."""
+        for child in Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+
 @contextmanager
-def emulated_boards(tracker: Address, count: int) -> Iterator[list[BoardServer]]:
-    """Announce emulated boards at a tracker, and wait until it knows them."""
-    kit = prepare()
-    servers = [
-        BoardServer(tracker, lambda: WorkerProcess(*worker_command(kit, counting=False)), host="127.0.0.1")
-        for _ in range(count)
-    ]
-    threads = [threading.Thread(target=server.run, daemon=True) for server in servers]
-    for thread in threads:
-        thread.start()
-    while len(boards(tracker.host, tracker.port, tracker.key)) < count:
-        time.sleep(0.05)
-    try:
-        yield servers
-    finally:
+def emulated_boards(tracker: Address, count: int) -> Iterator[list[Board]]:
+    """Announce emulated boards at a tracker as a user does, and wait until it knows them.
+
+    Each serves in another process: TVM's client holds Python's lock while it waits for some answers.
+    """
+    command = [sys.executable, "-u", "-c", "from tvm_compress.cli.main import entry; entry()"]
+    command += ["device", "serve", str(tracker), "--emulated-a72", "--host", "127.0.0.1"]
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            for _ in range(count)
+        ]
         for server in servers:
-            server.stop()
-        for thread in threads:
-            thread.join(20)
+            stack.callback(server.kill)
+        found = []
+        for server in servers:
+            assert server.stdout is not None
+            announced = next(line for line in iter(server.stdout.readline, "") if "announced" in line)
+            found.append(Board(server, int(announced.rsplit(" ", 1)[1])))
+        yield found
 
 
 @pytest.fixture(params=[*sorted(TARGETS), "tracker"], scope="module")

@@ -1,7 +1,6 @@
 """Boards at a real tracker on loopback: taken, lost, blamed, set aside; and `tvm-compress device`."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.rpc.conftest import QUICK, emulated_boards
+from tests.rpc.conftest import QUICK, Board, emulated_boards
 from tvm_compress.cli.main import main
 from tvm_compress.errors import DeviceError
 from tvm_compress.rpc.address import Tracker
 from tvm_compress.rpc.device import MeasurementSettings, open_device
 from tvm_compress.rpc.relay import boards
-from tvm_compress.rpc.serve import BoardServer
 from tvm_compress.rpc.tracker import MOST_BLAMES, TrackerDevice, TrackerSession
 
 X = [np.ones((2, 8), "float32"), np.ones((8, 4), "float32")]
@@ -31,22 +29,21 @@ def library(build: Callable[[str, str], Path]) -> Path:
 
 
 @pytest.fixture
-def two(tracker: Tracker) -> Iterator[list[BoardServer]]:
+def two(tracker: Tracker) -> Iterator[list[Board]]:
     with emulated_boards(tracker, 2) as servers:
         yield servers
 
 
-def lose(servers: list[BoardServer], session: TrackerSession) -> str:
+def lose(servers: list[Board], session: TrackerSession) -> str:
     """Kill the worker that serves a session, as when its board is unplugged; return the board's address."""
     board = session.board
-    (server,) = [one for one in servers if board.endswith(f":{one.port}")]
-    assert server.worker is not None
-    os.kill(server.worker.process.pid, signal.SIGKILL)
+    (lost,) = [one for one in servers if board.endswith(f":{one.port}")]
+    lost.unplug()
     return board
 
 
 def test_a_board_lost_in_mid_run_is_replaced_by_another(
-    two: list[BoardServer], tracker: Tracker, library: Path
+    two: list[Board], tracker: Tracker, library: Path
 ) -> None:
     device = TrackerDevice(tracker)
     slow = MeasurementSettings(repeat=8, min_repeat_ms=0.0, cooldown_ms=250.0, timeout_s=20.0)
@@ -64,7 +61,7 @@ def test_a_board_lost_in_mid_run_is_replaced_by_another(
 
 
 def test_a_board_that_fails_three_times_is_set_aside(
-    two: list[BoardServer], tracker: Tracker, library: Path
+    two: list[Board], tracker: Tracker, library: Path
 ) -> None:
     device = TrackerDevice(tracker)
     with device.open(QUICK) as session:
@@ -87,7 +84,7 @@ def test_a_board_that_fails_three_times_is_set_aside(
 
 
 def test_a_library_that_fails_everywhere_blames_no_board(
-    two: list[BoardServer], tracker: Tracker, build: Callable[[str, str], Path]
+    two: list[Board], tracker: Tracker, build: Callable[[str, str], Path]
 ) -> None:
     device = TrackerDevice(tracker)
     with device.open(QUICK) as session:

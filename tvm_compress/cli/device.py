@@ -70,7 +70,7 @@ def check(
     for result in timed.values():
         if result.error is not None:
             raise DeviceError(f"{device} failed ({result.error[0]}): {result.error[1]}")
-    result = _noise(timed["first"].samples, timed["second"].samples) | {
+    told: dict[str, Any] = _noise(timed["first"].samples, timed["second"].samples) | {
         "device": on.describe(),
         "target": str(built_for),
         "latency": timed["first"].value,
@@ -78,9 +78,9 @@ def check(
         "largest_difference": difference,
     }
     if as_json:
-        print_json(result)
+        print_json(told)
     else:
-        print_lines([f"{key}: {value}" for key, value in result.items()])
+        print_lines([f"{key}: {value}" for key, value in told.items()])
 
 
 def _expected(sample: Any, x: np.ndarray) -> np.ndarray:
