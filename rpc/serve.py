@@ -57,6 +57,7 @@ class BoardServer:
         self.port: int = self._listening.getsockname()[1]
         self._connection: socket.socket | None = None
         self._stop = threading.Event()
+
     def stop(self) -> None:
         """Let `run` end; a session that is served ends with it."""
         self._stop.set()

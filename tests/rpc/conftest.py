@@ -46,10 +46,6 @@ class Bench:
     device: Device
     session: Session
     build: Callable[[str], Path]
-    #: A device whose libraries this one cannot run.
-    foreign: str
-    #: What an error says of a library that crashed.
-    crashed: str = "SIGSEGV"
 
 
 @I.ir_module
@@ -182,25 +178,11 @@ def emulated_boards(tracker: Address, count: int) -> Iterator[list[Board]]:
         yield found
 
 
-@pytest.fixture(params=[*sorted(TARGETS), "tracker"], scope="module")
+@pytest.fixture(params=sorted(TARGETS), scope="module")
 def bench(request: pytest.FixtureRequest, build: Callable[[str, str], Path]) -> Iterator[Bench]:
-    if request.param == "tracker":
-        address = request.getfixturevalue("tracker")
-        with emulated_boards(address, 2):
-            device = open_device(str(address))
-            with device.open(QUICK) as session:
-                yield Bench(
-                    device,
-                    session,
-                    lambda name: build(name, "emulated-a72"),
-                    "local",
-                    "ended the session",
-                )
-        return
     device = open_device(request.param)
     with device.open(QUICK) as session:
-        foreign = "local" if request.param == "emulated-a72" else "emulated-a72"
-        yield Bench(device, session, lambda name: build(name, request.param), foreign)
+        yield Bench(device, session, lambda name: build(name, request.param))
 
 
 @pytest.fixture

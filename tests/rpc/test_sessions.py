@@ -89,7 +89,7 @@ def test_time_kernels_measures_each_function_alone(bench):
     )
     assert results["absent"].error[0] == "build"
     assert results["crash"].error[0] == "crash"
-    assert bench.crashed in results["crash"].error[1]
+    assert "SIGSEGV" in results["crash"].error[1]
     assert results["double"].error is None
     assert results["double"].value > 0
 
@@ -109,7 +109,7 @@ def test_a_library_that_cannot_be_loaded_is_a_build_failure(bench, build, tmp_pa
         library = tmp_path / "text.so"
         library.write_text("not a library")
     else:
-        library = build("layers", bench.foreign)
+        library = build("layers", "local" if bench.device.name == "emulated-a72" else "emulated-a72")
     result = bench.session.time(library, [])
     assert result.error[0] == "build"
     assert str(library.name) in result.error[1]
@@ -135,12 +135,12 @@ def test_wrong_inputs_say_what_is_wrong(bench, rng):
 
 def test_a_crash_ends_one_call_only(bench):
     library = bench.build("segfault")
-    with pytest.raises(DeviceError, match=bench.crashed):
+    with pytest.raises(DeviceError, match="SIGSEGV"):
         bench.session.run(library, [np.ones(1, "float32")])
     assert_works(bench)
     result = bench.session.time(library, [np.ones(1, "float32")])
     assert result.error[0] == "crash"
-    assert bench.crashed in result.error[1]
+    assert "SIGSEGV" in result.error[1]
     assert_works(bench)
 
 

@@ -170,5 +170,6 @@ def test_serve_and_check_as_on_a_board(capsys: pytest.CaptureFixture[str], track
             server.send_signal(signal.SIGINT)
             said, _ = server.communicate(timeout=30)
     assert server.returncode == 130
-    assert "announced as 'this-machine'" in said
-    assert said.count("session: ended") == 2
+    # It was free again after the first check, or there could have been no second.
+    assert said.count("announced as 'this-machine'") >= 2
+    assert "session: ended" in said
