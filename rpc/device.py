@@ -279,7 +279,7 @@ class Device(ABC):
 
 
 def open_device(name: str, threads: int = 1) -> Device:
-    """Give the device of that name: "local" or "emulated-a72".
+    """Give the device of that name: "local", "emulated-a72", or "tracker://HOST:PORT/KEY".
 
     Raises
     ------
@@ -295,7 +295,14 @@ def open_device(name: str, threads: int = 1) -> Device:
         from tvm_compress.rpc.emulated_a72 import EmulatedA72
 
         return EmulatedA72(threads)
-    raise DeviceError(f"No device is called {name!r}.", "Use `local` or `emulated-a72`.")
+    if name.startswith("tracker:"):
+        from tvm_compress.rpc.address import Tracker
+        from tvm_compress.rpc.tracker import TrackerDevice
+
+        return TrackerDevice(Tracker.parse(name), threads)
+    raise DeviceError(
+        f"No device is called {name!r}.", "Use `local`, `emulated-a72` or tracker://HOST:PORT/KEY."
+    )
 
 
 def _reject_unknown(cls: type, values: Mapping[str, Any]) -> None:

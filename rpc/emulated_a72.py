@@ -29,6 +29,8 @@ from tvm_compress.rpc.program import Callee, Kernel, Program
 from tvm_compress.rpc.worker import Worker
 from tvm_compress.rpc.worker_session import WorkerSession
 
+Command = Callable[[Path], Sequence[str]]
+
 _COUNTS = "counts"
 
 
@@ -163,11 +165,17 @@ def _check_threads(threads: int) -> None:
         raise SettingError(f"The emulated Cortex-A72 has 1 thread, not {threads}.")
 
 
-def _start_worker(kit: EmulationKit, counting: bool) -> Worker:
+def worker_command(kit: EmulationKit, counting: bool) -> tuple[Command, dict[str, str]]:
+    """Command and environment of a worker under emulation, as `WorkerProcess` takes them."""
+
     def command(directory: Path) -> list[str]:
         plugin = ["-plugin", f"{kit.plugin},out={directory / _COUNTS}"] if counting else []
         return [kit.qemu, "-cpu", "cortex-a72", "-L", str(SYSROOT), *plugin, str(kit.worker)]
 
     # Nothing of our own environment: what is meant for this machine's programs would reach the emulated one.
     environment = {"PATH": os.defpath, "LD_LIBRARY_PATH": str(kit.runtime), "TVM_NUM_THREADS": "1"}
-    return Worker(command, environment)
+    return command, environment
+
+
+def _start_worker(kit: EmulationKit, counting: bool) -> Worker:
+    return Worker(*worker_command(kit, counting))

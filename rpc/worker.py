@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -23,6 +24,7 @@ import tvm
 from tvm import rpc
 
 from tvm_compress.rpc.device import DeviceFailedError
+from tvm_compress.rpc.serve_local import RPC_MAGIC, receive
 
 Result = TypeVar("Result")
 
@@ -36,11 +38,11 @@ _DEATH_LIMIT = 2.0
 _QUOTED_BYTES = 600
 
 
-class Worker:
-    """A process that serves one RPC session, and the client's end of that session.
+class WorkerProcess:
+    """A process that waits on loopback for one RPC client, in a group and a directory of its own.
 
     The command is started with two further arguments, an inherited listening socket's number and a directory
-    for its files, and with the key that the client will greet with as TVM_COMPRESS_RPC_KEY in its
+    for its files, and with the key that the client has to greet with as TVM_COMPRESS_RPC_KEY in its
     environment. It accepts one client and serves it.
 
     Parameters
@@ -53,51 +55,40 @@ class Worker:
     Raises
     ------
     DeviceFailedError
-        Of kind "connection": the process cannot be started or does not answer.
+        Of kind "connection": the process cannot be started.
     """
 
     def __init__(self, command: Callable[[Path], Sequence[str]], environment: Mapping[str, str]) -> None:
-        self._expired = False
-        self._failed = False
         self.directory = Path(tempfile.mkdtemp(prefix="tvm_compress-"))
-        self._log = self.directory / "worker.log"
-        key = secrets.token_hex(16)
+        self.log = self.directory / "worker.log"
+        self.key = secrets.token_hex(16)
         try:
             with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
-                port = listening.getsockname()[1]
-                self._spawn(command(self.directory), environment, listening.fileno(), key)
+                self.port: int = listening.getsockname()[1]
+                self._spawn(command(self.directory), environment, listening.fileno())
         except OSError as error:
             shutil.rmtree(self.directory, ignore_errors=True)
             raise DeviceFailedError(
                 "connection", f"The device's process cannot be started: {error}."
             ) from None
         # Also when nobody calls close(): at the latest when Python ends.
-        self._end = weakref.finalize(self, _end, self._process, self._life_line, self.directory)
-        self._uploads = 0
-        self.remote: Any = None
-        try:
-            self.remote = self.call("the connection", START_LIMIT, rpc.connect, "127.0.0.1", port, key)
-        except DeviceFailedError as error:
-            self.close()
-            raise DeviceFailedError("connection", error.message, error.hint) from None
+        self._end = weakref.finalize(self, _end, self.process, self._life_line, self.directory)
 
-    def _spawn(
-        self, command: Sequence[str], environment: Mapping[str, str], listening: int, key: str
-    ) -> None:
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], listening: int) -> None:
         inherited, self._life_line = os.pipe()
         try:
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
                     [*command, str(listening), str(self.directory)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     cwd=self.directory,
-                    env={**environment, "TVM_COMPRESS_RPC_KEY": key},
+                    env={**environment, "TVM_COMPRESS_RPC_KEY": self.key},
                     pass_fds=[listening, inherited],
                     start_new_session=True,
                 )
-            _kill_with_parent(self._process.pid, inherited)
+            _kill_with_parent(self.process.pid, inherited)
         except OSError:
             os.close(self._life_line)
             raise
@@ -107,7 +98,88 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._end.alive and self._process.poll() is None
+        return self._end.alive and self.process.poll() is None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._end.alive
+
+    def connect(self) -> socket.socket:
+        """Connect and greet as a client; for those who pass a client's bytes on. Raises OSError."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=START_LIMIT)
+        said = f"client:{self.key}".encode()
+        connection.sendall(struct.pack("<ii", RPC_MAGIC, len(said)) + said)
+        magic, length = struct.unpack("<ii", receive(connection, 8))
+        receive(connection, length)
+        if magic != RPC_MAGIC:
+            raise ConnectionError("the worker expected another client")
+        connection.settimeout(None)
+        return connection
+
+    def exit_code(self) -> int:
+        """Kill the process, if it has not ended, and give its exit code, negative for a signal's number."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(_DEATH_LIMIT)
+        self.kill()
+        return self.process.wait()
+
+    def quote_log(self) -> str:
+        """Last words of the process, for an error's text."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
+            return f" It said: {text}" if text else ""
+        return ""
+
+    def kill(self) -> None:
+        """Kill the process with all its children."""
+        _kill_group(self.process)
+
+    def close(self) -> None:
+        """Kill and remove its files; further calls do nothing."""
+        self._end()
+
+
+class Worker:
+    """A process that serves one RPC session, and the client's end of that session.
+
+    Parameters
+    ----------
+    command, environment
+        Of the process, see `WorkerProcess`.
+    limit
+        Seconds until it has to answer.
+
+    Raises
+    ------
+    DeviceFailedError
+        Of kind "connection": the process cannot be started or does not answer.
+    """
+
+    def __init__(
+        self,
+        command: Callable[[Path], Sequence[str]],
+        environment: Mapping[str, str],
+        limit: float = START_LIMIT,
+    ) -> None:
+        self._expired = False
+        self._failed = False
+        self._server = WorkerProcess(command, environment)
+        self._process = self._server.process
+        self.directory = self._server.directory
+        self._uploads = 0
+        self.remote: Any = None
+        try:
+            connect = ("127.0.0.1", self._server.port, self._server.key)
+            self.remote = self.call("the connection", limit, rpc.connect, *connect)
+        except DeviceFailedError as error:
+            self.close()
+            raise DeviceFailedError("connection", error.message, error.hint) from None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._server.alive
 
     def call(self, what: str, limit: float, function: Callable[..., Result], *args: Any) -> Result:
         """Call something that waits for the worker; kill the worker if it takes longer than `limit` seconds.
@@ -138,7 +210,7 @@ class Worker:
         if self._expired:
             return DeviceFailedError("timeout", f"{what} did not finish within {limit:g} s.")
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return DeviceFailedError("crash", f"{what}: the device's process {how}.{self._quote_log()}")
+        return DeviceFailedError("crash", f"{what}: the device's process {how}.{self._server.quote_log()}")
 
     def _answers(self) -> bool:
         """Whether the worker outlived an error: then it was its answer, else its last sign."""
@@ -150,12 +222,6 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_DEATH_LIMIT)
         return False
-
-    def _quote_log(self) -> str:
-        with contextlib.suppress(OSError):
-            text = self._log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
-            return f" It said: {text}" if text else ""
-        return ""
 
     def load(
         self, library: Path, limit: float, loader: str = "tvm.rpc.server.load_module"
@@ -198,16 +264,16 @@ class Worker:
 
     def close(self) -> None:
         """Kill the process with all its children and remove its files; further calls do nothing."""
-        if not self._end.alive:
+        if self._server.closed:
             return
-        self._end()
+        self._server.close()
         self.remote = None
         if self._failed:
             # What an exception left in reference cycles would keep the session's place in TVM's table of 32.
             gc.collect()
 
     def _kill(self) -> None:
-        _kill_group(self._process)
+        self._server.kill()
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -75,9 +75,11 @@ def device_for(target: str, settings: SearchSettings) -> Device:
     TargetError
         If nothing here can run them: an artifact that was not verified is not handed out.
     """
-    if target == "host" or (target == settings.target and settings.device == "local"):
+    if target == settings.build_target:
+        return open_device(settings.device, threads=settings.threads)
+    if target == "host":
         return open_device("local", threads=settings.threads)
-    if target == RPI4 or (target == settings.target and settings.device == "emulated-a72"):
+    if target == RPI4:
         return open_device("emulated-a72")
     raise TargetError(
         f"Nothing here runs libraries for {target!r}, so the artifact could not be verified.",

@@ -4,8 +4,12 @@
 # ruff: noqa: N805
 # mypy: disable-error-code="valid-type"
 
+import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +17,12 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax
+from tvm.rpc.tracker import Tracker
 from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
+from tvm_compress.rpc.address import Tracker as Address
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
 
@@ -126,6 +132,50 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         return path
 
     return build
+
+
+@pytest.fixture(scope="module")
+def tracker() -> Iterator[Address]:
+    """A tracker of TVM on loopback, and the key of the boards."""
+    server = Tracker(host="127.0.0.1", port=9190, port_end=9990, silent=True)
+    yield Address("127.0.0.1", server.port, "pi")
+    server.terminate()
+
+
+@dataclass(frozen=True)
+class Board:
+    """An emulated board that serves in a process of its own."""
+
+    server: subprocess.Popen
+    port: int
+
+    def unplug(self) -> None:
+        """Kill the worker of the session that it serves."""
+        for child in Path(f"/proc/{self.server.pid}/task/{self.server.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+
+@contextmanager
+def emulated_boards(tracker: Address, count: int) -> Iterator[list[Board]]:
+    """Announce emulated boards at a tracker as a user does, and wait until it knows them.
+
+    Each serves in another process: TVM's client holds Python's lock while it waits for some answers.
+    """
+    command = [sys.executable, "-u", "-c", "from tvm_compress.cli.main import entry; entry()"]
+    command += ["device", "serve", str(tracker), "--emulated-a72", "--host", "127.0.0.1"]
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            for _ in range(count)
+        ]
+        for server in servers:
+            stack.callback(server.kill)
+        found = []
+        for server in servers:
+            assert server.stdout is not None
+            announced = next(line for line in iter(server.stdout.readline, "") if "announced" in line)
+            found.append(Board(server, int(announced.rsplit(" ", 1)[1])))
+        yield found
 
 
 @pytest.fixture(params=sorted(TARGETS), scope="module")

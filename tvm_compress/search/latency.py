@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,7 +139,7 @@ class LatencyMeter:
     def export(self, compiled: Compiled, name: str) -> Path:
         """Write a library for the device into the meter's temporary folder."""
         path = self._folder / f"{name}.so"
-        compiled.export(path, fcompile=export_fcompile(self.device.target_triple))
+        compiled.export(path, fcompile=self._linker())
         return path
 
     def measured(self, key: str) -> LatencyResult | None:
@@ -203,8 +203,11 @@ class LatencyMeter:
         functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
         path = self._folder / "kernels.so"
         compiled = tvm.compile(tvm.IRModule(functions), self.target)
-        compiled.export_library(str(path), fcompile=export_fcompile(self.device.target_triple))
+        compiled.export_library(str(path), fcompile=self._linker())
         return path
+
+    def _linker(self) -> Callable[..., None] | None:
+        return export_fcompile(str(self.target.attrs.get("mtriple", "")))
 
     def _open_for_kernels(self) -> Session:
         if self._kernel_session is None:
