@@ -260,7 +260,8 @@ class Worker:
 
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """Copy an array to the device; to be called within `call`."""
-        return tvm.runtime.tensor(np.ascontiguousarray(array), self.remote.cpu(0))
+        # Not `ascontiguousarray`, which gives an array without dimensions one.
+        return tvm.runtime.tensor(np.asarray(array, order="C"), self.remote.cpu(0))
 
     def close(self) -> None:
         """Kill the process with all its children and remove its files; further calls do nothing."""

@@ -85,7 +85,8 @@ def test_model_of_the_sample(split: Split) -> None:
 
 def test_sample_as_data(split: Split) -> None:
     loaded = load_data(f"sample:{NAME}", load_sample(NAME))
-    for name, part in vars(split).items():
+    for name in ("train", "validation", "test"):
+        part = getattr(split, name)
         np.testing.assert_array_equal(getattr(loaded, name).x, part.x)
         np.testing.assert_array_equal(getattr(loaded, name).y, part.y)
         assert getattr(loaded, name).normalization == part.normalization
