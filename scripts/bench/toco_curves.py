@@ -37,7 +37,7 @@ Masks = dict[str, np.ndarray]
 # How many seeds the figures of trained networks take.
 NETWORK_SEEDS = 2
 # Rates at which methods that prune at once are looked at.
-GRID = tuple(np.round(np.arange(0.1, 0.985, 0.02), 2).tolist())
+GRID = (0.1, 0.2, 0.3, *np.round(np.arange(0.4, 0.98, 0.03), 2).tolist())
 # Loss bounds so high that accuracy, not the bound, ends the curves.
 PRUNE = TocoSettings(loss_bound=8.0, sigma=1.08, iterations=120, batches=8, images=1024)
 FINETUNE_EPOCHS = 2

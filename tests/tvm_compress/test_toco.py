@@ -208,6 +208,7 @@ def test_labels_of_the_models_own(module, split):
         ({"share": 0.0}, "share"),
         ({"memory": 1.0}, "memory"),
         ({"iterations": 0}, "iterations"),
+        ({"step": 0.0}, "step"),
     ],
 )
 def test_impossible_settings(values, said):
@@ -274,3 +275,16 @@ def test_iterations_are_written_as_they_come(module, split, tmp_path: Path):
     # The first bound is the dense loss: nothing can be spent.
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss_bound"])
     assert lines[1]["loss_bound"] == pytest.approx(1.1 * lines[0]["loss_bound"])
+
+
+def test_a_step_bounds_what_one_iteration_prunes(module, split):
+    settings = replace(QUICK, loss_bound=3.0, sigma=1.2, iterations=40)
+    for step, group in ((0.05, "element"), (0.2, "element")):
+        seen = []
+        toco(module, split, replace(settings, step=step, group=group), progress=seen.append)
+        sizes = np.array([1.0, *(iteration.size for iteration in seen)])
+        bounded = np.array([iteration.gain > 1 for iteration in seen])
+        assert bounded.any()
+        assert (sizes[1:] / sizes[:-1])[bounded].min() >= 1 - step
+    # A filter of 12 is more than the step, and goes all the same.
+    assert toco(module, split, replace(settings, step=0.01, group="filter")).summary["sparsity"] > 0

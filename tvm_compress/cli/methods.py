@@ -26,8 +26,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         *("finetune_epochs", "learning_rate", "weight_rounding"),
     ),
     "toco": (
-        *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "sampling", "images"),
-        *("batches", "memory", "percentile", "labels", "trials", "finetune_epochs", "learning_rate"),
+        *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "step", "sampling"),
+        *("images", "batches", "memory", "percentile", "labels", "trials"),
+        *("finetune_epochs", "learning_rate"),
     ),
     "fastlc": (
         *("scheme", "bits", "ratio", "rank", "factorization", "sparse_share", "scope", "group"),

@@ -124,6 +124,12 @@ TrustRadiusOption = Annotated[
     typer.Option(help="How far weights may move at first, of the largest weight.", rich_help_panel="toco"),
 ]
 IterationsOption = Annotated[int | None, typer.Option(help="At most so many.", rich_help_panel="toco")]
+StepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the weights left that one iteration may prune. Default 0.1.", rich_help_panel="toco"
+    ),
+]
 BatchesOption = Annotated[
     int | None, typer.Option(help="Gradients per iteration, of 32 images each.", rich_help_panel="toco")
 ]

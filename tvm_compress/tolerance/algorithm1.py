@@ -8,6 +8,8 @@ Source: TOCO, Algorithm 1. What differs from the paper:
   signs of all moves; real moves cancel. An accepted iteration that used less than half of the room raises the
   gain (x 2, or x 4 if it changed hardly anything), a rejected one lowers it (/ 4); the trust radius is halved
   where the gain is 1, the paper's value, already. The loss is evaluated in any case.
+- An iteration that prunes takes at most a `step` of the weights that are left (by a lower gain): what is
+  pruned changes the gradients of the rest, which the next iteration then sees.
 - The loss bound also rises after `PATIENCE` rejected iterations without progress between them: where groups
   are large, the loss may jump past it instead of coming close. It rises to its last value exactly, and no
   further.
@@ -41,6 +43,8 @@ PATIENCE = 4
 # An accepted iteration that removes less than this share of what is left is no progress.
 PROGRESS = 1e-3
 LARGEST_GAIN = 2.0**40
+# Factor by which the gain falls until an iteration takes no more than a step.
+FINER = 1.25
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,7 @@ class Algorithm1:
         self._write(state.compressed.weights)
 
     def _iterate(self, state: State) -> Iteration:
-        budget = max(0.0, state.loss_bound - state.loss) * state.gain
-        tried = self._model.apply(state.compressed, self._tolerances(state, budget))
+        tried = self._propose(state)
         self._write(tried.weights)
         logits = self._twin.predict(self._x)
         loss = _cross_entropy(logits, self._y)
@@ -185,6 +188,22 @@ class Algorithm1:
             state.number - 1, loss, accepted, bound, radius, gain, self._model.size(state.compressed)
         )
 
+    def _propose(self, state: State) -> Compressed:
+        """Compress within the tolerances; lower the gain while more goes than an iteration may take."""
+        gradients = self._gradients(state)
+        old = self._model.size(state.compressed)
+        least = (1 - self._settings.step) * old if self._settings.objective == "prune" else 0.0
+        room = max(0.0, state.loss_bound - state.loss)
+        tried = self._model.apply(state.compressed, self._tolerances(state, gradients, room * state.gain))
+        while self._model.size(tried) < least and state.gain > 1:
+            gain = max(1.0, state.gain / FINER)
+            finer = self._model.apply(state.compressed, self._tolerances(state, gradients, room * gain))
+            if self._model.size(finer) == old:
+                # A single group is more than the step.
+                break
+            state.gain, tried = gain, finer
+        return tried
+
     def _raise_bound(self, state: State, loss: float) -> None:
         """Raise the loss bound where the loss has come up to it; at last so far that the loop ends."""
         step = (self._settings.sigma - 1) * self.dense_loss
@@ -196,9 +215,8 @@ class Algorithm1:
         state.loss_bound = min(raised, last) if state.loss_bound < last else raised
         state.rejected = 0
 
-    def _tolerances(self, state: State, budget: float) -> dict[str, np.ndarray]:
+    def _tolerances(self, state: State, gradients: Values, budget: float) -> dict[str, np.ndarray]:
         """Return τ of every weight: one problem over all the parameters."""
-        gradients = self._gradients(state)
         names = self._model.parameters
         g = np.concatenate([gradients[name].ravel() for name in names])
         if not np.isfinite(g).all():

@@ -29,6 +29,9 @@ class TocoSettings:
         First δ, as a share of the model's largest |w|; it is never above 1.
     iterations
         K, at most so many iterations.
+    step
+        Of the weights that are left, at most this share is pruned in one iteration, in (0, 1]; 1 is the
+        paper's. No bound on quantization, nor below the paper's budget.
     sampling
         Where gradients are taken: "active" (similarity-weighted query by committee), "random" batches, or
         "all" images.
@@ -60,7 +63,8 @@ class TocoSettings:
     loss_bound: float = 1.05
     sigma: float = 1.02
     trust_radius: float = 0.25
-    iterations: int = 60
+    iterations: int = 100
+    step: float = 0.1
     sampling: str = "active"
     images: int = 2048
     share: float = 0.01
@@ -89,10 +93,9 @@ class TocoSettings:
                     "loss, and at or below that loss nothing can be compressed.",
                     "1.05 lets the loss grow by 5 %.",
                 )
-        if not 0 < self.trust_radius <= 1:
-            raise SettingError(f"trust_radius is {self.trust_radius}, but must be in (0, 1].")
-        if not 0 < self.share <= 1:
-            raise SettingError(f"share is {self.share}, but must be in (0, 1].")
+        for name in ("trust_radius", "step", "share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingError(f"{name} is {getattr(self, name)}, but must be in (0, 1].")
         if not 0 <= self.memory < 1:
             raise SettingError(f"memory is {self.memory}, but must be in [0, 1).")
         if not 0 <= self.percentile < 100:
