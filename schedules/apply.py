@@ -1,6 +1,5 @@
 """From Relax operators to scheduled kernels, for a target."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Set
@@ -9,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import tvm
-import tvm_ffi
 from tvm import relax, s_tir, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules import bitserial, codebook, elementwise, fp32, int8, kernel, narrow, ops
+from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
+from tvm_compress.schedules.kernel_key import kernel_key
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
 FAMILIES: dict[str, KernelFamily] = {
@@ -28,9 +28,6 @@ SCHEMES = ("fp32", "int8", "bitserial")
 
 # Families that sites of scheme "bitserial" may get, whose sums of products are all of one kind to a model.
 _KINDS = {"narrow": "int8"}
-
-# Raised when a change of the schedules makes old measurements worthless: part of every kernel's key.
-SCHEDULES_VERSION = 2
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -56,9 +53,10 @@ class KernelInfo:
     count
         Calls in main.
     key
-        Identifies the kernel across models: hash of its code, target and version of the schedules.
+        Identifies the kernel across models, see `kernel_key`.
     features
-        Shapes, bits, macs, bops, bytes, intensity (macs per byte), one-hot operators, schemes and backends.
+        Shapes, bits, macs, bops, bytes, intensity (macs per byte), one-hot operators, schemes and backends,
+        and what `counts.executed` counts.
     func
         The scheduled PrimFunc.
     """
@@ -255,17 +253,9 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
         kind = info["operator"]
         if "backend" in info:
             kind += f"_{_KINDS.get(info['backend'], info['backend'])}"
-        features = _features(info, sites[0], rules)
-        infos.append(KernelInfo(gv.name_hint, kind, len(sites), _key(func, target), features, func))
+        features = _features(info, sites[0], rules) | executed(func, rules.vector_bits)
+        infos.append(KernelInfo(gv.name_hint, kind, len(sites), kernel_key(func, target), features, func))
     return infos
-
-
-def _key(func: tirx.PrimFunc, target: Target) -> str:
-    """Return a key that is the same for the same kernel in any model and any process."""
-    bare = func.without_attr("global_symbol") if "global_symbol" in func.attrs else func
-    code = tvm_ffi.structural_hash(bare) & (2**64 - 1)
-    where = hashlib.sha256(str(target).encode()).hexdigest()[:12]
-    return f"{code:016x}-{where}-{tvm.__version__}-{SCHEDULES_VERSION}"
 
 
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")

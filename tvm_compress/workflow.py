@@ -2,6 +2,7 @@
 
 import platform
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,8 @@ def _report_data(
         | {"final measurement": ", ".join(f"{k} {v}" for k, v in timing.to_dict().items())}
         | {"test images": ", ".join(f"{b.best_check.samples} on {b.best_check.device}" for b in built)}
         | {"labels": "the data's" if built[0].best_check.labels == "data" else "the model's own predictions"}
-        | {"seconds": ", ".join(f"{k} {v:.1f}" for k, v in search.seconds.items())},
+        | {"seconds": ", ".join(f"{k} {v:.1f}" for k, v in search.seconds.items())}
+        | _kernel_sums(search),
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -238,6 +240,18 @@ def _report_data(
             "target": str(built[0].best.manifest.target),
         },
     )
+
+
+def _kernel_sums(search: SearchResult) -> dict[str, str]:
+    """Rows of the report that say how far sums of kernels were from whole networks, and how times drifted."""
+    found = {}
+    if errors := search.sum_errors:
+        median = 100 * statistics.median(errors)
+        text = f"median {median:.1f} %, largest {100 * max(errors):.1f} %, of {len(errors)} networks"
+        found["whole network against the sum of its kernels"] = text
+    if search.drifts:
+        found["corrections for drift"] = ", ".join(f"{100 * change:+.0f} %" for change in search.drifts)
+    return found
 
 
 def site_bars(model: Model, search: SearchResult) -> list[SiteBar]:

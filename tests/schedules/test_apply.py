@@ -71,6 +71,9 @@ def test_features_state_the_work():
     }  # fmt: skip
     assert {name: conv.features[name] for name in expected} == expected
     assert all(isinstance(value, float) for value in conv.features.values())
+    # Products and sums in vectors of 8.
+    assert macs / 8 <= conv.features["sum_ops"] <= 3 * macs / 8
+    assert conv.features["workspace_bytes"] > 4096
 
 
 def test_keys_name_the_kernel_and_not_the_model():

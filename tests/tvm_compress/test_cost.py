@@ -28,6 +28,7 @@ def kernels(number: int, seed: int = 0) -> list[Kernel]:
         macs = channels * channels * 9 * size * size
         features: dict[str, float] = {
             "macs": macs,
+            "sum_ops": macs / 4,
             "input_bytes": 4 * channels * size * size,
             "output_bytes": 4 * channels * size * size,
             "IC": channels,
@@ -67,7 +68,7 @@ def test_network_is_the_calibrated_sum_of_its_kernels_and_known_ones_count_as_me
     model.calibrate([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
     each = [analytic_cost(k) for k in some]
     assert model.predict(some) == pytest.approx(2 * (3 * each[0] + sum(each[1:])))
-    assert model.sum_kernels(some, {k.key: 1.0 for k in some}) == 6.0
+    assert model.sum_kernels(some, {k.key: 1.0 for k in some}) == (6.0, 0.0)
 
 
 def test_the_same_rows_give_the_same_model_also_from_disk(tmp_path):

@@ -280,7 +280,7 @@ def test_iterations_are_written_as_they_come(module, split, tmp_path: Path):
 def test_a_step_bounds_what_one_iteration_prunes(module, split):
     settings = replace(QUICK, loss_bound=3.0, sigma=1.2, iterations=40)
     for step, group in ((0.05, "element"), (0.2, "element")):
-        seen = []
+        seen: list[Iteration] = []
         toco(module, split, replace(settings, step=step, group=group), progress=seen.append)
         sizes = np.array([1.0, *(iteration.size for iteration in seen)])
         bounded = np.array([iteration.gain > 1 for iteration in seen])

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from tvm_compress import __version__
-from tvm_compress.cli import compress, device, inspect, report, search, use
+from tvm_compress.cli import compress, cost, device, inspect, report, search, use
 from tvm_compress.cli.output import print_json
 from tvm_compress.errors import TvmCompressError
 
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(device.app, name="device")
+app.add_typer(cost.app, name="cost")
 
 
 def _version(show: bool) -> None:

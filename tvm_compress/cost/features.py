@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from tvm_compress.schedules import counts
+
 
 class Kernel(Protocol):
     """The part of `schedules.apply.KernelInfo` that the latency model needs."""
@@ -44,8 +46,9 @@ KINDS = (
 )
 
 # What `KernelInfo.features` holds of a kernel; a name that is missing counts as 0.
-# Taken as log2(1 + value): multiply-accumulates, bit operations, bytes of all arguments.
-COUNTS = ("macs", "bops", "input_bytes", "weight_bytes", "output_bytes")
+# Taken as log2(1 + value): multiply-accumulates, bit operations, bytes of all arguments, and what the
+# scheduled loops execute, padding and remainders included.
+COUNTS = ("macs", "bops", "input_bytes", "weight_bytes", "output_bytes", *counts.NAMES)
 # Taken as they are: the site's shape, its bits, operators fused behind it, threads that the kernel may use.
 SHAPE = (
     "H",
@@ -63,7 +66,13 @@ SHAPE = (
     "epilogue_ops",
     "threads",
     "intensity",
+    "backend_popcount",
+    "backend_dot",
+    "backend_narrow",
 )
+
+# Of the analytic cost: what the work consists of.
+SHARES = ("sum_ops", "sum_loads", "vector_ops", "scalar_ops", "iterations")
 
 FEATURE_NAMES: tuple[str, ...] = (
     *(f"kind_{kind}" for kind in KINDS),
@@ -72,6 +81,8 @@ FEATURE_NAMES: tuple[str, ...] = (
     "ic_over_32",  # share of the groups of 32 input channels that is filled
     "oc_over_16",
     "ow_over_8",
+    *(f"share_{name}" for name in SHARES),
+    "log2_touched_bytes",
 )
 
 
@@ -92,25 +103,27 @@ def kernel_vector(kernel: Kernel) -> np.ndarray:
     values["ic_over_32"] = _filled(values["IC"], 32)
     values["oc_over_16"] = _filled(values["OC"], 16)
     values["ow_over_8"] = _filled(values["OW"], 8)
+    cost = analytic_cost(kernel)
+    for name in SHARES:
+        values[f"share_{name}"] = found.get(name, 0.0) / cost
+    touched = ("input_bytes", "weight_bytes", "output_bytes", "workspace_bytes")
+    values["log2_touched_bytes"] = math.log2(1.0 + sum(found.get(name, 0.0) for name in touched))
     return np.asarray([values[name] for name in FEATURE_NAMES], np.float32)
 
 
 def analytic_cost(kernel: Kernel) -> float:
-    """Rough work of a kernel in arbitrary units: computing plus moving, never 0.
+    """Rough work of a kernel in arbitrary units, never 0: operations and accesses, in vectors of the target.
 
-    Multiply-accumulates count as fp32 ones, 2 in the time of 4 bytes; INT8 twice, and bit-serial `85 / (bits
-    x bits) / 4` times as dense: the limits of a NEON core without dot products. Only ratios between kernels
-    matter, the model learns the scale.
+    Only ratios between kernels matter, the model learns the scale, and how far each kernel is from this.
     """
     found = kernel.features
-    macs = found.get("macs", 0.0)
-    kind = kernel_kind(kernel)
-    if kind.endswith("int8"):
-        macs /= 2.0
-    elif kind.endswith("bitserial"):
-        macs *= found["activation_bits"] * found["weight_bits"] * 4.0 / 85.0
-    moved = sum(found.get(name, 0.0) for name in ("input_bytes", "weight_bytes", "output_bytes"))
-    return macs + 0.5 * moved + 64.0
+    accesses = sum(
+        found.get(f"{kind}_{what}", 0.0)
+        for kind in ("sum", "vector", "scalar")
+        for what in ("loads", "stores")
+    )
+    operations = sum(found.get(f"{kind}_ops", 0.0) for kind in ("sum", "vector", "scalar"))
+    return operations + 0.5 * accesses + found.get("iterations", 0.0) + 64.0
 
 
 def _filled(channels: float, group: int) -> float:

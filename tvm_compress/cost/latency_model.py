@@ -1,8 +1,10 @@
 """A latency model: xgboost on the logarithm of each kernel's time, summed up over a network and calibrated.
 
-The model predicts how far a kernel is from an analytic bound (`features.analytic_cost`), so that a shape
-unlike all that were measured still gets the right order of magnitude. With too few measured kernels it is the
-bound alone, scaled to them, and says so (`trained` is False). One thread and a seed: the same rows give the
+The model predicts how far a kernel is from an analytic cost (`features.analytic_cost`), so that a shape
+unlike all that were measured still gets the right order of magnitude. Several boosters, each fitted to
+another part of the rows, give a mean and an error: how far they are apart, scaled by how far they were
+off on the rows that each had not seen. With too few measured kernels the model is the analytic cost
+alone, scaled to them, and says so (`trained` is False). One thread and a seed: the same rows give the
 same model.
 """
 
@@ -20,23 +22,30 @@ from tvm_compress.cost.features import FEATURE_NAMES, Kernel, analytic_cost, ker
 from tvm_compress.errors import StudyError
 from tvm_compress.files import write_text
 
-VERSION = 1
+VERSION = 2
 
 # Fewer distinct kernels than this cannot tell shapes from noise.
 MIN_ROWS = 24
+# Boosters; each is fitted without one part of the rows.
+FOLDS = 5
+# The relative error of a model that is not trained.
+UNTRAINED_ERROR = 1.0
+# Relative errors below this are not believed.
+LEAST_ERROR = 0.01
 
 _PARAMETERS = {
     "objective": "reg:squarederror",
-    "max_depth": 4,
-    "eta": 0.15,
-    "min_child_weight": 1.0,
+    "max_depth": 5,
+    "eta": 0.1,
+    "min_child_weight": 2.0,
     "lambda": 1.0,
-    "subsample": 1.0,
-    "tree_method": "exact",
+    "subsample": 0.8,
+    "colsample_bytree": 0.6,
+    "tree_method": "hist",
     "nthread": 1,
     "verbosity": 0,
 }
-_ROUNDS = 120
+_ROUNDS = 300
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,14 @@ class LatencyModel:
     rows: int = 0
     scale: float = 1.0
     calibration: float = 1.0
-    _booster: Any = None
+    #: Factor from the boosters' disagreement to the error on rows that they had not seen.
+    error_scale: float = 1.0
+    _boosters: list[Any] = field(default_factory=list)
 
     @property
     def trained(self) -> bool:
-        """Whether there were enough rows for more than the analytic bound."""
-        return self._booster is not None
+        """Whether there were enough rows for more than the analytic cost."""
+        return bool(self._boosters)
 
     def fit(self, rows: Sequence[KernelRow]) -> "LatencyModel":
         """Fit to measured kernels, given in a fixed order. Returns the model itself.
@@ -80,19 +91,34 @@ class LatencyModel:
         """
         usable = [row for row in rows if math.isfinite(row.value) and row.value > 0]
         self.rows = len(usable)
-        self._booster = None
+        self._boosters = []
         if not usable:
             self.scale = 1.0
             return self
         target = np.log([row.value / row.bound for row in usable])
         self.scale = float(np.exp(np.median(target)))
         if self.rows >= MIN_ROWS:
-            import xgboost
-
-            data = xgboost.DMatrix(np.asarray([row.vector for row in usable], np.float32), target)
-            base = {"seed": self.seed, "base_score": float(np.median(target))}
-            self._booster = xgboost.train(_PARAMETERS | base, data, _ROUNDS)
+            self._fit_boosters(np.asarray([row.vector for row in usable], np.float32), target)
         return self
+
+    def _fit_boosters(self, vectors: np.ndarray, target: np.ndarray) -> None:
+        import xgboost
+
+        base = {"seed": self.seed, "base_score": float(np.median(target))}
+        fold = np.random.default_rng(self.seed).permutation(self.rows) % FOLDS
+        for held_out in range(FOLDS):
+            data = xgboost.DMatrix(vectors[fold != held_out], target[fold != held_out])
+            self._boosters.append(xgboost.train(_PARAMETERS | base, data, _ROUNDS))
+        each = self._predict_each(vectors)
+        off = np.abs(each[fold, np.arange(self.rows)] - target)
+        # The booster that had not seen a row, against the disagreement of all of them there.
+        self.error_scale = float(np.sqrt(np.mean(off**2)) / max(np.sqrt(np.mean(each.var(axis=0))), 1e-9))
+
+    def _predict_each(self, vectors: np.ndarray) -> np.ndarray:
+        import xgboost
+
+        data = xgboost.DMatrix(vectors)
+        return np.stack([booster.predict(data) for booster in self._boosters])
 
     def calibrate(self, predicted: Sequence[float], measured: Sequence[float]) -> None:
         """Let whole networks correct the sum of their kernels: by the median of measured / predicted."""
@@ -101,23 +127,36 @@ class LatencyModel:
 
     def predict_kernels(self, kernels: Sequence[Kernel]) -> list[float]:
         """Time of one call of each kernel."""
+        return [value for value, _ in self.predict_with_errors(kernels)]
+
+    def predict_with_errors(self, kernels: Sequence[Kernel]) -> list[tuple[float, float]]:
+        """Time of one call of each kernel, and its standard error as a share of it."""
         bounds = np.asarray([analytic_cost(kernel) for kernel in kernels])
-        if self._booster is None or not len(kernels):
-            return [float(v) for v in bounds * self.scale]
-        import xgboost
+        if not self._boosters or not len(kernels):
+            return [(float(v), UNTRAINED_ERROR) for v in bounds * self.scale]
+        each = self._predict_each(np.stack([kernel_vector(kernel) for kernel in kernels]))
+        errors = np.maximum(self.error_scale * each.std(axis=0), LEAST_ERROR)
+        values = bounds * np.exp(each.mean(axis=0))
+        return [(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
 
-        vectors = np.stack([kernel_vector(kernel) for kernel in kernels])
-        return [float(v) for v in bounds * np.exp(self._booster.predict(xgboost.DMatrix(vectors)))]
+    def sum_kernels(
+        self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None
+    ) -> tuple[float, float]:
+        """Time of all calls of a network's kernels, and its standard error as a share of it.
 
-    def sum_kernels(self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None) -> float:
-        """Time of all calls of a network's kernels; those in `known` (by key) count as measured."""
+        Those in `known` (by key) count as measured, without an error. The others' errors add up, as kernels
+        of one network that are alike are wrong alike.
+        """
         known = known or {}
-        predicted = self.predict_kernels(kernels)
-        return sum(known.get(k.key, p) * k.count for k, p in zip(kernels, predicted, strict=True))
+        total = error = 0.0
+        for kernel, (value, off) in zip(kernels, self.predict_with_errors(kernels), strict=True):
+            total += known.get(kernel.key, value) * kernel.count
+            error += 0.0 if kernel.key in known else off * value * kernel.count
+        return total, (error / total if total else 0.0)
 
     def predict(self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None) -> float:
         """Latency of a network: the sum of its kernels, calibrated."""
-        return self.sum_kernels(kernels, known) * self.calibration
+        return self.sum_kernels(kernels, known)[0] * self.calibration
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, with provenance and the version of xgboost."""
@@ -130,9 +169,10 @@ class LatencyModel:
             "rows": self.rows,
             "scale": self.scale,
             "calibration": self.calibration,
+            "error_scale": self.error_scale,
             "features": list(FEATURE_NAMES),
             "provenance": self.provenance | {"xgboost": xgboost.__version__},
-            "booster": json.loads(self._booster.save_raw("json")) if self._booster is not None else None,
+            "boosters": [json.loads(booster.save_raw("json")) for booster in self._boosters],
         }
         write_text(path, json.dumps(values) + "\n")
 
@@ -145,7 +185,7 @@ class LatencyModel:
         StudyError
             If the file is no latency model, or one with other features.
         """
-        hint = "Remove it; the search fits another from its measurements."
+        hint = "Fit it again, by `tvm-compress cost fit` or by the search that wrote it."
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             version, features = values["version"], values["features"]
@@ -156,10 +196,12 @@ class LatencyModel:
                 f"The latency model {path} is of another version ({version!r}) of this tool.", hint
             )
         model = cls(values["unit"], values["seed"], values["provenance"], values["rows"], values["scale"])
-        model.calibration = values["calibration"]
-        if values["booster"] is not None:
+        model.calibration, model.error_scale = values["calibration"], values["error_scale"]
+        if values["boosters"]:
             import xgboost
 
-            model._booster = xgboost.Booster({"nthread": 1})
-            model._booster.load_model(bytearray(json.dumps(values["booster"]).encode()))
+            for raw in values["boosters"]:
+                booster = xgboost.Booster({"nthread": 1})
+                booster.load_model(bytearray(json.dumps(raw).encode()))
+                model._boosters.append(booster)
         return model

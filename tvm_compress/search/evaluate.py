@@ -1,7 +1,8 @@
 """The evaluator that the search uses: accuracy by the twin's integers, latency from the device."""
 
+import time
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tvm
@@ -9,25 +10,10 @@ import tvm
 from tvm_compress.compressor import Candidate, Compressor, Training
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.passes.policy import CompressionPolicy
-from tvm_compress.search.latency import Latency, structure_key
+from tvm_compress.search.latency import structure_key
+from tvm_compress.search.latency_sources import Latency, LatencySource
 from tvm_compress.search.results import MEASURED, EpisodeResult
 from tvm_compress.twin import Twin
-
-
-class LatencySource(Protocol):
-    """Where the latency of a module comes from: one of `latency`'s."""
-
-    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
-        """Latency of a module with the structure `key`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what later answers depend on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s values."""
-        ...
 
 
 class CompressionEvaluator:
@@ -69,6 +55,8 @@ class CompressionEvaluator:
         self._model, self._where, self._unit = model, where, unit
         self._training = training
         self._seen: dict[str, EpisodeResult] = {}
+        #: How long each latency took to find in this process, building included.
+        self.latency_seconds: list[float] = []
 
     def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
         """Result of a policy in an episode."""
@@ -83,7 +71,13 @@ class CompressionEvaluator:
     def ratio(self, policy: CompressionPolicy, episode: int) -> float:
         """Latency of a policy over the dense model's; nothing is trained for it."""
         module = self._compressor.apply(policy).integer_module
-        return self._source.latency(module, self.key(policy), episode, 0.0).ratio
+        return self._latency(module, self.key(policy), episode, 0.0).ratio
+
+    def _latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        begin = time.perf_counter()
+        found = self._source.latency(module, key, episode, accuracy)
+        self.latency_seconds.append(time.perf_counter() - begin)
+        return found
 
     def key(self, policy: CompressionPolicy) -> str:
         """Key of a policy's structure on this model and device."""
@@ -92,7 +86,7 @@ class CompressionEvaluator:
     def judge(self, candidate: Candidate, key: str, episode: int) -> EpisodeResult:
         """Accuracy, latency and costs of a candidate."""
         accuracy = Twin(candidate.integer_module).accuracy(self._x, self._y)
-        latency = self._source.latency(candidate.integer_module, key, episode, accuracy)
+        latency = self._latency(candidate.integer_module, key, episode, accuracy)
         costs = metrics(candidate.module, candidate.policy)
         return EpisodeResult(accuracy, latency.value, latency.ratio, latency.kind, self._unit, costs)
 

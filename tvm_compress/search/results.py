@@ -106,7 +106,9 @@ class SearchResult:
 
     `best` is the refined policy to deploy; `refined` holds all that were fine-tuned; `pareto` the trials that
     no other trial beats in both accuracy and latency, fastest first; `best_trial` the trial with the highest
-    reward.
+    reward. `seconds` are those of this process by stage; "latency" is the part of "episodes" that went into
+    latencies. `sum_errors` tells, where latencies were summed from kernels, how far each network that was
+    measured whole was from its sum, as a share; `drifts` by what shares kernels' times changed on the way.
     """
 
     dense: EpisodeResult
@@ -119,6 +121,8 @@ class SearchResult:
     settings: dict[str, Any]
     path: Path
     seconds: dict[str, float]
+    sum_errors: list[float] = field(default_factory=list)
+    drifts: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

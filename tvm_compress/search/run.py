@@ -29,14 +29,13 @@ from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search import sensitivity as sensitivity_analysis
 from tvm_compress.search.agents import make_agent
 from tvm_compress.search.environment import CompressionEnv
-from tvm_compress.search.evaluate import CompressionEvaluator, LatencySource
+from tvm_compress.search.evaluate import CompressionEvaluator
 from tvm_compress.search.fit import BudgetFit, choose, likely_winners
-from tvm_compress.search.latency import (
-    SHORT,
-    THOROUGH,
+from tvm_compress.search.latency import SHORT, THOROUGH, LatencyMeter
+from tvm_compress.search.latency_sources import (
     HybridLatency,
     KernelLatency,
-    LatencyMeter,
+    LatencySource,
     MeasuredLatency,
 )
 from tvm_compress.search.loop import run_episodes
@@ -186,8 +185,10 @@ class _Search:
             with self._timed("dense"):
                 dense = self._dense(meter)
             source = _latency_source(meter, settings)
+            evaluator = self._evaluator(compressor, source, meter)
             with self._timed("episodes"):
-                trials = self._episodes(problem, self._evaluator(compressor, source, meter))
+                trials = self._episodes(problem, evaluator)
+            self.seconds["latency"] = round(sum(evaluator.latency_seconds), 3)
             if isinstance(source, HybridLatency):
                 source.model.save(self.study.path / "latency_model.json")
         with self._timed("refinement"), self._meter(device, store, THOROUGH) as meter:
@@ -207,6 +208,8 @@ class _Search:
             settings=settings.to_dict(),
             path=self.study.path,
             seconds=self.seconds,
+            sum_errors=source.sum_errors() if isinstance(source, KernelLatency) else [],
+            drifts=source.drifts if isinstance(source, HybridLatency) else [],
         )
 
     def _meter(self, device: Device, store: MeasurementStore, timing: MeasurementSettings) -> LatencyMeter:

@@ -41,7 +41,7 @@ class SearchSettings:
         TVM target of the kernels; empty means the device's own.
     latency
         "measure" builds and times each policy; "kernels" times each distinct kernel once, sums them up and
-        measures whole policies now and then; "hybrid" asks the latency model and measures some.
+        measures whole policies now and then; "hybrid" also lets the latency model predict where it is sure.
     rounding
         Kept channels are rounded up to a multiple of this. 8 fills the vectors of all kernels; 32 keeps every
         site that is fit for bit-serial kernels fit, but cannot prune a set of 32 channels or fewer.
@@ -64,8 +64,7 @@ class SearchSettings:
     augment
         How the images of that fine-tuning are varied: "none", "shift", "mirror" or "shift+mirror".
     measure_first, measure_every
-        In "hybrid": the first episodes and every n-th are measured, besides each new best one. In "kernels"
-        every n-th is.
+        In "kernels" and "hybrid": the first episodes and every n-th are measured as whole networks.
     """
 
     agent: str = "joint"
@@ -92,7 +91,7 @@ class SearchSettings:
     finetune_lr: float = 0.04
     augment: str = "none"
     refine: int = 2
-    measure_first: int = 8
+    measure_first: int = 3
     measure_every: int = 8
 
     def __post_init__(self) -> None:

@@ -1,0 +1,161 @@
+"""What a scheduled kernel executes, counted from its loops: the numbers that latency models learn best from.
+
+A statement runs as often as the loops around it say. Its operations are counted in vectors of the target, so
+that the padding of tiles, scalar remainders and wide integers all show. Addresses are not counted, and
+branches count both ways: these are features of a model, not a simulation.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import tvm
+from tvm import s_tir, tirx
+
+#: What `executed` counts, in this order.
+NAMES = (
+    "sum_ops",  # operations of sums of products, in vectors
+    "sum_loads",
+    "sum_trips",  # how long the innermost sequence of loops of a sum is
+    "sum_tile",  # statements of a sum that are unrolled side by side
+    "vector_ops",  # operations of all other statements that are vectorised
+    "vector_loads",
+    "vector_stores",
+    "scalar_ops",
+    "scalar_loads",
+    "scalar_stores",
+    "iterations",  # of loops that are not unrolled
+    "workspace_bytes",
+)
+
+
+@dataclass(frozen=True)
+class _Loops:
+    """The loops around a statement: products of their extents, by kind."""
+
+    serial: int = 1
+    unrolled: int = 1
+    lanes: int = 1
+    trips: int = 1  # of the serial loops since the last one that holds several statements
+
+    @property
+    def runs(self) -> int:
+        return self.serial * self.unrolled
+
+    def inside(self, loop: tirx.For) -> "_Loops":
+        extent = int(loop.extent) if isinstance(loop.extent, tirx.IntImm) else 1
+        if loop.kind == tirx.ForKind.VECTORIZED:
+            return _Loops(self.serial, self.unrolled, self.lanes * extent, self.trips)
+        if loop.kind == tirx.ForKind.UNROLLED:
+            return _Loops(self.serial, self.unrolled * extent, self.lanes, self.trips)
+        return _Loops(self.serial * extent, self.unrolled, self.lanes, self.trips * extent)
+
+
+@dataclass
+class _Counter:
+    vector_bits: int
+    found: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NAMES, 0.0))
+
+    def visit(self, stmt: tirx.Stmt, loops: _Loops, reduces: bool = False) -> None:
+        """Count what a statement executes within its loops."""
+        if isinstance(stmt, tirx.For):
+            inner = loops.inside(stmt)
+            if inner.serial != loops.serial:
+                self.found["iterations"] += inner.runs
+            self.visit(stmt.body, inner, reduces)
+        elif isinstance(stmt, tirx.SeqStmt):
+            for part in stmt.seq:
+                self.visit(part, _Loops(loops.serial, loops.unrolled, loops.lanes), reduces)
+        elif isinstance(stmt, s_tir.SBlockRealize):
+            self.visit(stmt.block, loops, reduces)
+        elif isinstance(stmt, s_tir.SBlock):
+            self._visit_block(stmt, loops)
+        elif isinstance(stmt, tirx.IfThenElse):
+            for branch in (stmt.then_case, stmt.else_case):
+                if branch is not None:
+                    self.visit(branch, loops, reduces)
+        elif isinstance(stmt, tirx.BufferStore):
+            self._count_store(stmt, loops, reduces)
+        elif isinstance(stmt, tirx.Evaluate):
+            self._count_values([stmt.value], loops, "scalar")
+        elif hasattr(stmt, "body"):
+            self.visit(stmt.body, loops, reduces)
+
+    def _visit_block(self, block: s_tir.SBlock, loops: _Loops) -> None:
+        for buffer in block.alloc_buffers:
+            elements = math.prod(int(extent) for extent in buffer.shape)
+            self.found["workspace_bytes"] += elements * _bytes(buffer)
+        if block.init is not None:
+            self.visit(block.init, loops)
+        reduces = any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
+        self.visit(block.body, loops, reduces)
+
+    def _count_store(self, store: tirx.BufferStore, loops: _Loops, reduces: bool) -> None:
+        lanes = loops.lanes * _lanes(store.value)
+        kind = "sum" if reduces else "vector" if lanes > 1 else "scalar"
+        if reduces:
+            self.found["sum_trips"] = max(self.found["sum_trips"], float(loops.trips))
+            self.found["sum_tile"] = max(self.found["sum_tile"], float(loops.unrolled))
+        else:
+            self.found[f"{kind}_stores"] += loops.runs * self._vectors(store.value, loops.lanes)
+        self._count_values([store.value], loops, kind)
+
+    def _count_values(self, values: list[tirx.Expr], loops: _Loops, kind: str) -> None:
+        while values:
+            value = values.pop()
+            if isinstance(value, tvm.ir.expr.TensorLoad):
+                self.found[f"{kind}_loads"] += loops.runs * self._vectors(value, loops.lanes)
+                continue
+            parts = _operands(value)
+            if parts:
+                self.found[f"{kind}_ops"] += loops.runs * self._vectors(value, loops.lanes)
+                values += parts
+
+    def _vectors(self, value: tirx.Expr, lanes: int) -> int:
+        return math.ceil(lanes * _lanes(value) * _bits(value) / self.vector_bits)
+
+
+def executed(func: tirx.PrimFunc, vector_bits: int) -> dict[str, float]:
+    """Count what one call of a scheduled kernel executes.
+
+    Parameters
+    ----------
+    vector_bits
+        Width of the target's vector registers.
+
+    Returns
+    -------
+    Every one of `NAMES`.
+    """
+    counter = _Counter(vector_bits)
+    counter.visit(func.body, _Loops())
+    return counter.found
+
+
+# Attributes that hold what an operation works on, by kind of expression.
+_OPERANDS = (("a", "b"), ("condition", "true_value", "false_value"), ("value",), ("args",), ("vectors",))
+
+
+def _operands(value: tirx.Expr) -> list[tirx.Expr]:
+    for names in _OPERANDS:
+        if all(hasattr(value, name) for name in names):
+            found = [getattr(value, name) for name in names]
+            if names[0] in ("args", "vectors"):
+                found = list(found[0])
+            return [part for part in found if isinstance(part, tvm.ir.Expr)]
+    return []
+
+
+def _type(value: tirx.Expr) -> tvm.DataType:
+    return tvm.DataType(str(value.ty.dtype))
+
+
+def _lanes(value: tirx.Expr) -> int:
+    return max(1, int(_type(value).lanes))
+
+
+def _bits(value: tirx.Expr) -> int:
+    return int(_type(value).bits)
+
+
+def _bytes(buffer: tirx.Buffer) -> int:
+    return max(1, tvm.DataType(str(buffer.dtype)).bits // 8)

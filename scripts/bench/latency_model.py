@@ -1,0 +1,314 @@
+"""What the latency model and the sums of kernels are worth, and what measuring costs.
+
+usage: python scripts/bench/latency_model.py [--json docs/figures/latency_model.json] [--only local ...]
+       [--kernels 1500] [--policies 12] [--seeds 3]
+
+Parts: "local" and "emulated-a72" fit a model to kernels of ResNet-8, ResNet-18 of width 32 and random
+networks, and compare it with measurements on policies that it never saw, also of a VGG-7 that no kernel of
+the fit comes from; "warm" times how long one more policy takes in a study; "resnet18" times the emulated board;
+"search" compares `--latency hybrid` with `--latency measure`. A part that is run replaces its own entries in
+the JSON. Timed kernels stay in the benches' cache, so that an interrupted run goes on; "local" and "search"
+want a quiet machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_data import ROOT, cache_folder
+from figures import Figure, write
+from networks import CIFAR, ConvNet, ResNet18
+from train import as_model
+
+from tvm_compress.data.load import load_data
+from tvm_compress.model import Model, load_model
+from tvm_compress.passes.pipeline import build
+from tvm_compress.rpc.cross_compile import export_fcompile
+from tvm_compress.rpc.device import open_device
+from tvm_compress.rpc.store import MeasurementStore
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.latency import LatencyMeter
+from tvm_compress.search.latency_fit import (
+    Evaluation,
+    errors_of,
+    evaluate_latency_model,
+    fit_latency_model,
+    stored_kernels,
+)
+from tvm_compress.search.latency_sources import KernelLatency, MeasuredLatency
+from tvm_compress.search.run import run_search
+from tvm_compress.search.sampling import KernelSampler, random_policy, subject_of
+from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
+
+Part = tuple[list[Figure], dict[str, Any]]
+SAMPLE = "sample:resnet8-fashion"
+# Six convolutions and a dense layer: VGG-7 of an eighth of the usual width.
+VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
+GOALS = {"local": 0.85, "emulated-a72": 0.95}
+
+
+def subjects() -> dict[str, Model]:
+    """Networks by name; their weights are of no matter here."""
+    torch.manual_seed(0)
+    return {
+        "ResNet-8": load_model(SAMPLE),
+        "ResNet-18 w32": as_model(ResNet18().eval(), "cifar10"),
+        "VGG-7": as_model(ConvNet(VGG7, [128], CIFAR).eval(), "cifar10"),
+    }
+
+
+def open_meter(device: str, model: Model, path: Path) -> LatencyMeter:
+    """Meter of a network whose measurements are kept."""
+    target = parse_target(DEFAULT_TARGETS[device])
+    return LatencyMeter(open_device(device), target, MeasurementStore(path), model.input_spec.shape)
+
+
+def quality(device: str, arguments: argparse.Namespace) -> Part:
+    """Fit on one device, compare on policies that were not seen."""
+    networks = subjects()
+    seen = [networks["ResNet-8"], networks["ResNet-18 w32"]]
+    store = arguments.cache / f"latency_model-{device}.sqlite"
+    start = time.perf_counter()
+    with open_meter(device, seen[0], store) as meter:
+        sampler = KernelSampler(seen, meter, 0)
+        model = fit_latency_model(sampler, meter, arguments.kernels, 0, _tell(device))
+        fitted = {kernel.key for kernel in stored_kernels(meter.store, meter.device, meter.target)}
+    seconds = time.perf_counter() - start
+    found: dict[str, Evaluation] = {}
+    # What the fit has seen stays out of the comparison.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, network in networks.items():
+            with open_meter(device, network, Path(folder) / "unseen.sqlite") as meter:
+                found[name] = evaluate_latency_model(
+                    model, network, meter, arguments.policies, 1, fitted, _tell(f"{device} {name}")
+                )
+    kernels = [pair for one in found.values() for pair in one.kernels]
+    whole = [pair for one in found.values() for pair in one.networks]
+    sums = [pair for one in found.values() for pair in one.sums]
+    spearman = {name: one.summary()["networks_spearman"] for name, one in found.items()}
+    each = {name: one.summary() for name, one in found.items()}
+
+    def by_network(what: str, factor: float = 100) -> str:
+        return ", ".join(f"{name} {factor * one[what]:.1f}" for name, one in each.items())
+
+    figures = [
+        Figure(
+            f"{device}: kernels within 10 % of the measured time",
+            float(np.mean(errors_of(kernels) <= 0.1)),
+            "share",
+            GOALS[device],
+            ">=",
+            note=f"{len(kernels)} kernels; {by_network('kernels_within')} %",
+        ),
+        Figure(
+            f"{device}: networks within 10 %",
+            float(np.mean(errors_of(whole) <= 0.1)),
+            "share",
+            0.95,
+            ">=",
+            note=f"{len(whole)} policies; {by_network('networks_within')} %",
+        ),
+        Figure(
+            f"{device}: rank correlation of networks",
+            min(spearman.values()),
+            "",
+            0.98,
+            ">=",
+            note=f"least of {by_network('networks_spearman', 1)}",
+        ),
+        Figure(
+            f"{device}: sum of measured kernels against the network, median error",
+            float(np.median(errors_of(sums))),
+            "share",
+            0.05,
+            "<=",
+            note=by_network("sums_median_error") + " %",
+        ),
+    ]
+    pairs = {name: asdict(one) for name, one in found.items()}
+    return figures, {"kernels": model.rows, "seconds": seconds, "summary": each, "pairs": pairs}
+
+
+def warm(arguments: argparse.Namespace) -> Part:
+    """Seconds for the latency of one more policy, by kernels and by whole networks, in one study each."""
+    model = load_model(SAMPLE)
+    taken: dict[str, list[float]] = {}
+    for mode in ("kernels", "measure"):
+        policies = 60 if mode == "kernels" else 10
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open_meter("local", model, Path(folder) / "measurements.sqlite") as meter,
+        ):
+            meter.set_dense(model.module, "dense")
+            rng = np.random.default_rng(0)
+            compressor, problem = subject_of(model, rules_for(meter.target), rng)
+            settings = SearchSettings(measure_every=10**6)
+            source = KernelLatency(meter, settings) if mode == "kernels" else MeasuredLatency(meter)
+            taken[mode] = []
+            for number in range(policies):
+                module = compressor.apply(random_policy(problem, rng)).integer_module
+                start = time.perf_counter()
+                source.latency(module, f"policy {number}", number, 0.5)
+                taken[mode].append(time.perf_counter() - start)
+    last = float(np.median(taken["kernels"][30:]))
+    whole = float(np.median(taken["measure"]))
+    figures = [
+        Figure(
+            "local: latency of one more policy in a warm study (ResNet-8), median",
+            last,
+            "s",
+            0.5,
+            "<=",
+            note=f"the last 30 of 60 random policies; build and measure: {whole:.2f} s, "
+            f"{whole / last:.1f} times as long",
+        )
+    ]
+    return figures, {"seconds": taken}
+
+
+def resnet18(arguments: argparse.Namespace) -> Part:
+    """The emulated board on ResNet-18 of width 32: with nothing known of its blocks, and again."""
+    model = subjects()["ResNet-18 w32"]
+    target = parse_target(DEFAULT_TARGETS["emulated-a72"])
+    device = open_device("emulated-a72")
+    x = np.sin(np.arange(3 * 32 * 32, dtype=np.float32)).reshape(1, 3, 32, 32)
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(model.module, target).export(
+            Path(folder) / "dense.so", export_fcompile(str(target.attrs["mtriple"]))
+        )
+        device.describe()  # Fetches and compiles the device's own parts, which happens once.
+        with _empty_block_cache(device):
+            for _ in range(2):
+                start = time.perf_counter()
+                with device.open() as session:
+                    result = session.time(library, [x])
+                seconds.append(time.perf_counter() - start)
+                assert result.ok, result.error
+    note = f"fp32, {result.value / 1e6:.1f} M estimated cycles"
+    return [
+        Figure("emulated-a72: ResNet-18 width 32, cold", seconds[0], "s", 15, "<=", note=note),
+        Figure("emulated-a72: ResNet-18 width 32, warm", seconds[1], "s", 2, "<=", note=note),
+    ], {"seconds": seconds, "cycles": result.value}
+
+
+def searches(arguments: argparse.Namespace) -> Part:
+    """Best rewards and measuring time of a search by whole networks and by the hybrid."""
+    model = load_model(SAMPLE)
+    rows = []
+    for seed in range(arguments.seeds):
+        for mode in ("measure", "hybrid"):
+            settings = SearchSettings(
+                latency=mode, episodes=40, seed=seed, budget=0.45, finetune_epochs=0, refine=1
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                split = load_data(SAMPLE, model, seed)
+                result = run_search(model, split, settings, Path(folder) / "study")
+            row = {"seed": seed, "latency": mode, "reward": result.best_trial.reward}
+            row |= {"seconds": result.seconds, "sum_errors": result.sum_errors, "drifts": result.drifts}
+            row["kinds"] = [trial.result.latency_kind for trial in result.trials]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    reward = {m: [r["reward"] for r in rows if r["latency"] == m] for m in ("measure", "hybrid")}
+    spent = {
+        m: float(np.mean([r["seconds"]["latency"] for r in rows if r["latency"] == m]))
+        for m in ("measure", "hybrid")
+    }
+    texts = {m: " ".join(f"{value:.3f}" for value in values) for m, values in reward.items()}
+    spread = float(np.std(reward["measure"], ddof=1)) if arguments.seeds > 1 else 0.0
+    return [
+        Figure(
+            "search: best reward, hybrid less measured, mean of the seeds",
+            float(np.mean(reward["hybrid"]) - np.mean(reward["measure"])),
+            "",
+            -spread,
+            ">=",
+            note=f"hybrid {texts['hybrid']}, measured {texts['measure']}; "
+            "the goal is the measured ones' standard deviation",
+        ),
+        Figure(
+            "search: time spent on latencies, hybrid over measured",
+            spent["hybrid"] / spent["measure"],
+            "ratio",
+            0.2,
+            "<=",
+            note=f"{spent['hybrid']:.0f} s and {spent['measure']:.0f} s for 40 episodes, building included",
+        ),
+    ], {"runs": rows}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
+    "local": lambda arguments: quality("local", arguments),
+    "emulated-a72": lambda arguments: quality("emulated-a72", arguments),
+    "warm": warm,
+    "resnet18": resnet18,
+    "search": searches,
+}
+
+
+def _tell(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: print(f"{what}: {done} of {total}", flush=True)
+
+
+def plot(path: Path, data: dict[str, dict[str, Any]]) -> None:
+    """Predicted against measured, kernels and networks, a row for each device."""
+    from matplotlib.figure import Figure as Plot
+
+    devices = [name for name in GOALS if name in data]
+    canvas = Plot(figsize=(8, 3.6 * len(devices)), layout="constrained")
+    grid = canvas.subplots(len(devices), 2, squeeze=False)
+    for row, device in zip(grid, devices, strict=True):
+        for axes, what in zip(row, ("kernels", "networks"), strict=True):
+            for name, pairs in data[device]["pairs"].items():
+                predicted, measured = np.array(pairs[what]).T
+                axes.loglog(measured, predicted, ".", markersize=3, label=name)
+            low, high = axes.get_xlim()
+            axes.plot([low, high], [low, high], color="0.6", linewidth=0.8)
+            axes.set(xlabel="measured", ylabel="predicted", title=f"{device}, {what}")
+            axes.legend(fontsize=8)
+    canvas.savefig(path, dpi=90)
+
+
+def main() -> None:
+    """Run the parts that are asked for, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "latency_model.json")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--kernels", type=int, default=1500)
+    parser.add_argument("--policies", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data: dict[str, dict[str, Any]] = {}
+    if arguments.json.exists():
+        data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
+    for part in arguments.only:
+        load = os.getloadavg()[0]
+        figures, values = PARTS[part](arguments)
+        data[part] = {
+            "part": part,
+            "figures": [asdict(figure) for figure in figures],
+            "load_before": load,
+            "python": platform.python_version(),
+            **values,
+        }
+        ordered = [data[name] for name in PARTS if name in data]
+        everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
+        settings = {"kernels": arguments.kernels, "policies": arguments.policies, "seeds": arguments.seeds}
+        write(arguments.json, "latency_model", settings, everything, ordered)
+    if set(GOALS) & set(data):
+        plot(arguments.json.with_name("latency-model.png"), data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Sampling kernels, fitting a latency model to a device, evaluating it; and `tvm-compress cost`."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tvm_compress.cli.main import main
+from tvm_compress.compressor import Compressor
+from tvm_compress.cost.latency_model import LatencyModel
+from tvm_compress.model import Model
+from tvm_compress.passes.pipeline import lower
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.passes.sites import find_sites
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, open_device
+from tvm_compress.rpc.store import MeasurementStore
+from tvm_compress.samples.load import load_sample
+from tvm_compress.schedules.apply import KernelInfo, kernel_infos
+from tvm_compress.schedules.kernel_key import target_digest
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
+from tvm_compress.search.latency_fit import errors_of, fit_latency_model, stored_kernels
+from tvm_compress.search.sampling import KernelSampler, random_network, random_policy, subject_of
+
+HOST = parse_target("host")
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> Iterator[LatencyMeter]:
+    store = MeasurementStore(tmp_path / "measurements.sqlite")
+    with LatencyMeter(open_device("local"), HOST, store, (1, 1, 28, 28)) as opened:
+        yield opened
+
+
+def pretend(meter: LatencyMeter, kernel: KernelInfo, device: str = "local") -> float:
+    """Put a kernel into the store with a time that its work gives: for what is no matter of clocks."""
+    seconds = 1e-9 * (kernel.features["sum_ops"] + 2 * kernel.features["vector_ops"] + 1000)
+    settings = MeasurementSettings()
+    result = LatencyResult.from_samples([seconds], "seconds", settings)
+    facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
+    meter.store.put(KERNEL_PREFIX + kernel.key, device, result, facts)
+    return seconds
+
+
+def test_random_networks_lower_to_kernels_and_repeat():
+    first, second = (random_network(np.random.default_rng(3)) for _ in range(2))
+    assert first.input_spec == second.input_spec
+    sites = [find_sites(network.module) for network in (first, second)]
+    assert sites[0] == sites[1]
+    assert sum(site.kind == "conv2d" for site in sites[0]) >= 3
+
+
+def test_the_sampler_draws_different_policies_the_same_for_a_seed(meter: LatencyMeter):
+    sample = load_sample("resnet8-fashion")
+    drawn = [KernelSampler([sample], meter, seed).draw() for seed in (0, 0, 1)]
+    keys = [[kernel.key for kernel in kernels] for kernels in drawn]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_constants_of_quantization_do_not_make_another_kernel():
+    sample = load_sample("resnet8-fashion")
+    int8 = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
+    policy = CompressionPolicy({site.name: int8 for site in find_sites(sample.module)})
+    keys = []
+    for seed in range(2):
+        x = (seed + 1) * np.random.default_rng(seed).normal(size=(4, 1, 28, 28)).astype(np.float32) + seed
+        integer = Compressor(sample.module, x, None).apply(policy).integer_module
+        keys.append([kernel.key for kernel in kernel_infos(lower(integer, HOST), HOST)])
+    same = np.mean([a == b for a, b in zip(*keys, strict=True)])
+    # Whether sums fit 32 bits depends on the ranges, and makes another kernel.
+    assert same > 0.7
+    assert len(set(keys[0])) > 8
+
+
+def test_a_model_is_fitted_to_a_device_and_goes_on_from_what_is_stored(meter: LatencyMeter):
+    sampler = KernelSampler([load_sample("resnet8-fashion")], meter)
+    calls: list[int] = []
+    model = fit_latency_model(sampler, meter, 26, progress=lambda done, total: calls.append(done))
+    assert model.trained
+    assert model.rows == 26
+    assert calls == [0, 26]
+    assert model.provenance["device"] == "local"
+    stored = stored_kernels(meter.store, meter.device, HOST)
+    assert len(stored) == 26
+    assert all(kernel.value > 0 for kernel in stored)
+    again = fit_latency_model(sampler, meter, 26)
+    assert again.predict_kernels(stored) == model.predict_kernels(stored)
+
+
+def test_predictions_come_with_errors_that_are_about_right(meter: LatencyMeter):
+    sampler = KernelSampler([load_sample("resnet8-fashion")], meter)
+    fitted, fresh = {}, {}
+    while len(fitted) < 150:
+        fitted |= {kernel.key: kernel for kernel in sampler.draw()}
+    for kernel in fitted.values():
+        pretend(meter, kernel)
+    model = fit_latency_model(sampler, meter, len(fitted))
+    while len(fresh) < 60:
+        fresh |= {kernel.key: kernel for kernel in sampler.draw() if kernel.key not in fitted}
+    predicted = model.predict_with_errors(list(fresh.values()))
+    true = [pretend(meter, kernel) for kernel in fresh.values()]
+    off = errors_of([(value, t) for (value, _), t in zip(predicted, true, strict=True)])
+    claimed = np.array([error for _, error in predicted])
+    assert np.median(off) < 0.1
+    assert 0.3 < np.mean(off <= claimed) <= 1.0
+    # Where it claims large errors it makes larger ones.
+    order = np.argsort(claimed)
+    assert off[order[30:]].mean() > off[order[:30]].mean()
+
+
+def test_the_store_gives_the_newest_time_of_this_device_and_target(meter: LatencyMeter):
+    rng = np.random.default_rng(0)
+    compressor, problem = subject_of(load_sample("resnet8-fashion"), rules_for(HOST), rng)
+    policy = random_policy(problem, rng)
+    kernel = kernel_infos(lower(compressor.apply(policy).integer_module, HOST), HOST)[0]
+    pretend(meter, kernel, device="tracker://elsewhere:1/pi")
+    assert stored_kernels(meter.store, meter.device, HOST) == []
+    first = pretend(meter, kernel)
+    assert [k.value for k in stored_kernels(meter.store, meter.device, HOST)] == [first]
+    assert stored_kernels(meter.store, meter.device, parse_target("raspberry-pi/4b-aarch64")) == []
+    assert target_digest(HOST) in kernel.key
+
+
+def test_cost_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, rows, table = tmp_path / "model.json", str(tmp_path / "m.sqlite"), tmp_path / "rows.csv"
+    layers = [nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()]
+    small = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    Model.from_torch(small, (torch.zeros(1, 1, 10, 10),)).save(tmp_path / "small")
+    network = ["--network", str(tmp_path / "small")]
+    assert main(["cost", "fit", "-o", str(model), "--measurements", rows, *network, "--sample", "30"]) == 0
+    assert "30 of 30 kernels" in capsys.readouterr().out
+    assert LatencyModel.load(model).rows == 30
+    words = ["cost", "eval", str(model), "--measurements", rows, *network, "--policies", "3", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["networks"] == 3
+    assert told["sums_median_error"] < 0.5
+    assert main(["cost", "export", "--measurements", rows, "-o", str(table)]) == 0
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert len(lines) >= 30
+    assert {line["unit"] for line in lines} == {"seconds"}
+    assert all(float(line["value"]) > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["fit", "-o", "M", "--measurements", "R", "--sample", "0"], "needs 24"),
+        (["fit", "-o", "M", "--measurements", "R", "--device", "tracker://h:1/k"], "--target"),
+        (
+            ["eval", "absent.json", "--measurements", "R", "--network", "sample:resnet8-fashion"],
+            "cannot be read",
+        ),
+    ],
+)
+def test_cost_commands_say_what_is_wrong(words, text, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = {"M": str(tmp_path / "m.json"), "R": str(tmp_path / "m.sqlite")}
+    assert main(["cost", *(paths.get(word, word) for word in words)]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_model_of_another_unit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    LatencyModel("estimated_cycles").save(tmp_path / "model.json")
+    words = ["cost", "eval", str(tmp_path / "model.json"), "--network", "sample:resnet8-fashion"]
+    assert main([*words, "--measurements", str(tmp_path / "m.sqlite")]) == 2
+    assert "estimated_cycles, but local measures seconds" in capsys.readouterr().err

@@ -1,0 +1,247 @@
+"""Where a search takes a candidate's latency from: the whole network, its kernels, or the latency model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+
+from tvm_compress.cost.latency_model import KernelRow, LatencyModel
+from tvm_compress.passes.pipeline import build, lower
+from tvm_compress.rpc.device import LatencyResult
+from tvm_compress.schedules.apply import KernelInfo, kernel_infos
+from tvm_compress.search.latency import LatencyMeter
+from tvm_compress.search.results import MEASURED, PREDICTED, SUMMED
+from tvm_compress.search.settings import SearchSettings
+
+# A candidate that the device fails on (twice) counts as this many times slower than the dense model.
+FAILED_RATIO = 10.0
+# A network whose predicted latency may be off by more than this has its unknown kernels timed.
+UNCERTAIN = 0.05
+# So many known kernels are timed again with every whole network but the first, to see whether the device is
+# what it was.
+DRIFT_SAMPLE = 3
+# Beyond this change of their times all that are known are corrected.
+DRIFT = 0.1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of a network in the device's unit, its ratio to the dense model's, and where it comes from."""
+
+    value: float
+    ratio: float
+    kind: str  # "measured" | "summed" | "predicted" | "failed"
+
+
+class LatencySource(Protocol):
+    """Tells the latency of a module."""
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """Latency of an integer (or float) module with the structure `key`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later answers depend on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        ...
+
+
+class MeasuredLatency:
+    """Builds and measures every policy that was not measured before."""
+
+    def __init__(self, meter: LatencyMeter) -> None:
+        self._meter = meter
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """See `LatencySource`."""
+        return _whole(self._meter, module, key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what was measured is in the store."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def _whole(meter: LatencyMeter, module: tvm.IRModule, key: str) -> Latency:
+    """Measure a whole network, lowered or not, unless the store has it."""
+    result = meter.measured(key) or meter.measure(build(module, meter.target), key)
+    if not result.ok:
+        return Latency(FAILED_RATIO * meter.dense.value, FAILED_RATIO, "failed")
+    return Latency(result.value, result.value / meter.dense.value, MEASURED)
+
+
+class KernelLatency:
+    """Sums up a policy's kernels, each of which is built and timed once in all its networks.
+
+    Whole networks are measured for the first episodes and every n-th; the median of measured over summed
+    corrects the sums, for what a network costs beside its kernels.
+    """
+
+    def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
+        self._meter = meter
+        self._settings = settings
+        #: (sum of the kernels, latency of the whole network).
+        self.checks: list[tuple[float, float]] = []
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """See `LatencySource`."""
+        lowered = lower(module, self._meter.target)
+        kernels = kernel_infos(lowered, self._meter.target)
+        if self._is_check(episode):
+            return self._check(lowered, kernels, key, self._time(kernels))
+        return self._estimate(kernels, accuracy)
+
+    def _is_check(self, episode: int) -> bool:
+        return len(self.checks) < self._settings.measure_first or (
+            (episode + 1) % self._settings.measure_every == 0
+        )
+
+    def _check(
+        self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str, times: Mapping[str, float]
+    ) -> Latency:
+        """Measure the whole network; remember how far the sum of its kernels is from it."""
+        latency = _whole(self._meter, lowered, key)
+        if latency.kind == MEASURED and all(kernel.key in times for kernel in kernels):
+            self.checks.append((_sum(kernels, times), latency.value))
+        return latency
+
+    def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
+        """Latency without the whole network."""
+        return self._summed(kernels, self._time(kernels))
+
+    def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
+        """Time of one call of each kernel, by key; those that fail are missing."""
+        return _values(self._meter.time_kernels(kernels))
+
+    def _summed(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> Latency:
+        if any(kernel.key not in times for kernel in kernels):
+            return Latency(FAILED_RATIO * self._meter.dense.value, FAILED_RATIO, "failed")
+        return self._corrected(_sum(kernels, times), SUMMED)
+
+    def _corrected(self, total: float, kind: str) -> Latency:
+        factor = float(np.median([whole / parts for parts, whole in self.checks])) if self.checks else 1.0
+        return Latency(total * factor, total * factor / self._meter.dense.value, kind)
+
+    def sum_errors(self) -> list[float]:
+        """How far each whole network was from the corrected sum of its kernels, as a share of it."""
+        return [abs(self._corrected(total, SUMMED).value / whole - 1.0) for total, whole in self.checks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checks so far; the kernels' times are in the store."""
+        return {"checks": [list(check) for check in self.checks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s values."""
+        self.checks = [(total, whole) for total, whole in state["checks"]]
+
+
+def _sum(kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> float:
+    return sum(times[kernel.key] * kernel.count for kernel in kernels)
+
+
+def _values(results: Mapping[str, LatencyResult]) -> dict[str, float]:
+    return {key: result.value for key, result in results.items()}
+
+
+class HybridLatency(KernelLatency):
+    """Predicts kernels that were not timed yet, and times them where it matters.
+
+    They are timed where the model is not sure of the sum, and for each policy that by its prediction would
+    be the best so far or stand on the Pareto set; the model is fitted again to all that is known. Whole
+    networks are measured as in `KernelLatency`; with them, some known kernels are timed again to see a drift.
+    """
+
+    def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
+        super().__init__(meter, settings)
+        self._rows: dict[str, KernelRow] = {}
+        # (accuracy, ratio) of every episode so far.
+        self._points: list[tuple[float, float]] = []
+        #: Changes that all times were corrected by, as shares.
+        self.drifts: list[float] = []
+        self.model = LatencyModel(meter.device.unit, settings.seed, {"device": meter.device.name})
+
+    def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
+        """See `LatencySource`."""
+        latency = super().latency(module, key, episode, accuracy)
+        self._points.append((accuracy, latency.ratio))
+        return latency
+
+    def _check(
+        self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str, times: Mapping[str, float]
+    ) -> Latency:
+        if self.checks:
+            self._look_for_drift(kernels)
+        return super()._check(lowered, kernels, key, {k: self._rows[k].value for k in times})
+
+    def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
+        known = {key: row.value for key, row in self._rows.items()}
+        if all(kernel.key in known for kernel in kernels):
+            return self._summed(kernels, known)
+        total, error = self.model.sum_kernels(kernels, known)
+        predicted = self._corrected(total, PREDICTED)
+        if error <= UNCERTAIN and not self._would_win(accuracy, predicted.ratio):
+            return predicted
+        return self._summed(kernels, self._time(kernels))
+
+    def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
+        """As the other; a kernel that was timed once keeps its time, corrected for drift."""
+        unknown = [kernel for kernel in kernels if kernel.key not in self._rows]
+        times = super()._time(unknown)
+        for kernel in unknown:
+            if kernel.key in times:
+                self._rows[kernel.key] = KernelRow.of(kernel, times[kernel.key])
+        if times:
+            self.model.fit([self._rows[key] for key in sorted(self._rows)])
+        return {k.key: self._rows[k.key].value for k in kernels if k.key in self._rows}
+
+    def _would_win(self, accuracy: float, ratio: float) -> bool:
+        """Whether a policy would have the highest reward, or be beaten by none in accuracy and latency."""
+        settings = self._settings
+
+        def reward(point: tuple[float, float]) -> float:
+            return point[0] + settings.beta * abs(point[1] / settings.budget - 1.0)
+
+        best = all(reward((accuracy, ratio)) > reward(point) for point in self._points)
+        return best or not any(a >= accuracy and r <= ratio for a, r in self._points)
+
+    def _look_for_drift(self, kernels: Sequence[KernelInfo]) -> None:
+        """Time the network's slowest kernels again; correct all times by the median change if it is large."""
+        if self._meter.device.unit != "seconds":
+            return
+        known = [kernel for kernel in kernels if kernel.key in self._rows]
+        slowest = sorted(known, key=lambda kernel: -self._rows[kernel.key].value)[:DRIFT_SAMPLE]
+        now = _values(self._meter.time_kernels(slowest, again=True))
+        changes = [value / self._rows[key].value for key, value in now.items()]
+        if not changes or abs(change := float(np.median(changes)) - 1.0) <= DRIFT:
+            return
+        self.drifts.append(change)
+        self._rows = {
+            key: KernelRow(row.vector, row.bound, row.value * (1 + change)) for key, row in self._rows.items()
+        }
+        self.checks = [(total * (1 + change), whole) for total, whole in self.checks]
+        self.model.fit([self._rows[key] for key in sorted(self._rows)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kernels, checks and points so far, as plain values."""
+        rows = {key: [list(row.vector), row.bound, row.value] for key, row in self._rows.items()}
+        points = [list(p) for p in self._points]
+        return super().state_dict() | {"rows": rows, "points": points, "drifts": self.drifts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s values and fit the model to them."""
+        super().load_state_dict(state)
+        self._rows = {
+            key: KernelRow(tuple(vector), bound, value)
+            for key, (vector, bound, value) in state["rows"].items()
+        }
+        self._points = [(accuracy, ratio) for accuracy, ratio in state["points"]]
+        self.drifts = list(state["drifts"])
+        if self._rows:
+            self.model.fit([self._rows[key] for key in sorted(self._rows)])
