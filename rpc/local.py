@@ -18,6 +18,7 @@ from tvm_compress.errors import SettingError
 from tvm_compress.rpc import serve_local
 from tvm_compress.rpc.clock import ClockSession, Timing, sample_in_rounds
 from tvm_compress.rpc.device import Candidate, Device, LatencyResult, MeasurementSettings, Session
+from tvm_compress.rpc.machine import own_machine
 from tvm_compress.rpc.program import Callee, Program
 from tvm_compress.rpc.worker import Worker
 
@@ -96,7 +97,7 @@ def worker_command(threads: int) -> tuple[list[str], dict[str, str]]:
 
 def _start_worker(threads: int) -> Worker:
     script, environment = worker_command(threads)
-    return Worker(lambda _: script, environment)
+    return Worker(lambda _: script, environment, machine=own_machine())
 
 
 def processor_name() -> str:

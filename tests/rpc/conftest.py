@@ -25,6 +25,7 @@ from tvm.script import tirx as T
 from tvm_compress.rpc.address import Tracker as Address
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
+from tvm_compress.rpc.machine import own_machine
 
 TARGETS = {
     "local": {"kind": "llvm"},
@@ -41,11 +42,19 @@ QUICK = MeasurementSettings(repeat=3, min_repeat_ms=1.0, timeout_s=20.0)
 
 @dataclass
 class Bench:
-    """A device under test, an open session on it, and how to build for it."""
+    """A device under test, an open session on it, and how to build for it.
+
+    `processor` is the key in TARGETS of what its libraries are built for, `machine` its name in errors.
+    """
 
     device: Device
     session: Session
     build: Callable[[str], Path]
+    processor: str
+
+    @property
+    def machine(self) -> str:
+        return own_machine() if self.processor == "local" else "aarch64"
 
 
 @I.ir_module
@@ -178,11 +187,18 @@ def emulated_boards(tracker: Address, count: int) -> Iterator[list[Board]]:
         yield found
 
 
-@pytest.fixture(params=sorted(TARGETS), scope="module")
+@pytest.fixture(params=["emulated-a72", "local", "tracker"], scope="module")
 def bench(request: pytest.FixtureRequest, build: Callable[[str, str], Path]) -> Iterator[Bench]:
-    device = open_device(request.param)
-    with device.open(QUICK) as session:
-        yield Bench(device, session, lambda name: build(name, request.param))
+    """One device after the other; `tracker` has two emulated boards."""
+    name, processor = request.param, request.param
+    with ExitStack() as stack:
+        if request.param == "tracker":
+            tracker = request.getfixturevalue("tracker")
+            stack.enter_context(emulated_boards(tracker, 2))
+            name, processor = str(tracker), "emulated-a72"
+        device = open_device(name)
+        session = stack.enter_context(device.open(QUICK))
+        yield Bench(device, session, lambda module: build(module, processor), processor)
 
 
 @pytest.fixture

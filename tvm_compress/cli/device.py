@@ -112,7 +112,8 @@ def serve(
 
     where = Tracker.parse(tracker)
     print_lines([f"serving {platform.node()} ({platform.machine()}) at {where}; stop with Ctrl-C"])
-    BoardServer(where, _starter(emulated, threads), lambda line: print_lines([line]), host).run()
+    machine = "aarch64" if emulated else ""
+    BoardServer(where, _starter(emulated, threads), lambda line: print_lines([line]), host, machine).run()
 
 
 def _starter(emulated: bool, threads: int) -> Any:
