@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class LocalDevice(Device):
 class LocalSession(ClockSession):
     """Times each candidate in a worker of its own, so that none can spoil another."""
 
-    def __init__(self, settings: MeasurementSettings) -> None:
-        super().__init__(settings, lambda: _start_worker(settings.threads))
+    def __init__(self, settings: MeasurementSettings, start: Callable[[], Worker] | None = None) -> None:
+        super().__init__(settings, start or (lambda: _start_worker(settings.threads)))
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; raises SettingError for more than MOST_CANDIDATES."""

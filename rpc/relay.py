@@ -247,8 +247,17 @@ def main(arguments: list[str]) -> None:
     serve(int(descriptor), board.connection, board.chunks, f"the board {board.address}")
 
 
-def serve(descriptor: int, board: socket.socket, chunks: Chunks | None, name: str) -> None:
-    """Accept one client and pass on what it and the board say; ends the process if the board ends first."""
+def serve(
+    descriptor: int,
+    board: socket.socket,
+    chunks: Chunks | None,
+    name: str,
+    explain: Callable[[], str] = str,
+) -> None:
+    """Accept one client and pass on what it and the board say; ends the process if the board ends first.
+
+    `explain` adds what is known of a connection that broke.
+    """
     with socket.socket(fileno=descriptor) as listening:
         client = greet(listening, os.environ["TVM_COMPRESS_RPC_KEY"])
     ended = pass_on(client, board, to_client=chunks.feed if chunks else bytes)
@@ -257,7 +266,7 @@ def serve(descriptor: int, board: socket.socket, chunks: Chunks | None, name: st
     if chunks is None:
         end(f"{name} ended the session: its process died, or its time was up.", ENDED)
     if chunks.words is None:
-        end(f"the connection to {name} broke.", LOST)
+        end(f"the connection to {name} broke.{explain()}", LOST)
     end(f"{name} ended the session: {chunks.words}.", ENDED)
 
 

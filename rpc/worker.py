@@ -39,7 +39,7 @@ _ANSWER_LIMIT = 5.0
 #: Seconds that a worker whose connection broke gets to finish dying.
 _DEATH_LIMIT = 2.0
 #: Bytes of the worker's own messages that an error quotes.
-_QUOTED_BYTES = 600
+_QUOTED_BYTES = 1200
 #: Seconds between looks whether a relay has its board.
 _LOOK = 0.02
 #: A loader's name: makes a module of a library whose name it is given.

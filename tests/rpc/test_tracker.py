@@ -30,10 +30,12 @@ def library(build: Callable[[str, str], Path]) -> Path:
     return build("layers", "emulated-a72")
 
 
-@pytest.fixture
-def two(tracker: Tracker) -> Iterator[list[Board]]:
-    with emulated_boards(tracker, 2) as servers:
-        yield servers
+@pytest.fixture(scope="module")
+def alone(tracker: Tracker) -> Iterator[Tracker]:
+    """A single board of a key of its own."""
+    mine = Tracker(tracker.host, tracker.port, "alone")
+    with emulated_boards(mine, 1):
+        yield mine
 
 
 def lose(servers: list[Board], session: TrackerSession) -> str:
@@ -97,19 +99,19 @@ def test_a_library_that_fails_everywhere_blames_no_board(
 
 
 def test_a_single_board_survives_what_crashes_it(
-    tracker: Tracker, library: Path, build: Callable[[str, str], Path]
+    alone: Tracker, library: Path, build: Callable[[str, str], Path]
 ) -> None:
-    with emulated_boards(tracker, 1), open_device(str(tracker)).open(QUICK) as session:
+    with open_device(str(alone)).open(QUICK) as session:
         assert session.time(build("segfault", "emulated-a72"), [np.ones(1, "float32")]).error is not None
         (out,) = session.run(library, X)
         np.testing.assert_allclose(out, np.full((2, 4), 8.0))
 
 
 def test_a_session_ends_at_the_boards_limit(
-    tracker: Tracker, library: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Tracker, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvm_compress.rpc.tracker.SESSION_LIMIT", 2.0)
-    with emulated_boards(tracker, 1), open_device(str(tracker)).open(QUICK) as session:
+    with open_device(str(alone)).open(QUICK) as session:
         session.run(library, X)
         worker = session._worker  # type: ignore[attr-defined]
         deadline = time.monotonic() + 15
@@ -189,7 +191,8 @@ def test_addresses_that_name_no_tracker(text: str) -> None:
 
 def test_device_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["device", "list", "--json"]) == 0
-    assert "emulated-a72" in json.loads(capsys.readouterr().out)["devices"]
+    devices = json.loads(capsys.readouterr().out)["devices"]
+    assert {name.split(":")[0] for name in devices} == {"local", "emulated-a72", "tracker", "ssh"}
 
 
 @pytest.mark.parametrize("device", ["local", "emulated-a72"])
