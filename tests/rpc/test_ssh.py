@@ -83,6 +83,24 @@ def test_a_connection_that_breaks_is_told_and_made_anew(
         np.testing.assert_allclose(out, np.full((2, 4), 8.0))
 
 
+def test_a_board_that_freezes_is_given_up(ssh_server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_COMPRESS_SSH", f"{ssh_server.client()} -o ServerAliveInterval=1")
+    with open_device(ssh_server.address()).open(QUICK) as session:
+        worker = session._worker  # type: ignore[attr-defined]
+        (server,) = [
+            int(line.split()[1])
+            for line in Path(f"/proc/{worker.about['pid']}/status").read_text().splitlines()
+            if line.startswith("PPid:")
+        ]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            with pytest.raises(DeviceFailedError, match=r"broke\. ssh said: Timeout, server") as failure:
+                worker.call("Asking", 20.0, worker.remote.get_function, "runtime.NumThreads")
+            assert failure.value.kind == "connection"
+        finally:
+            os.kill(server, signal.SIGKILL)
+
+
 def test_what_login_scripts_print_is_skipped(
     ssh_server: SshServer, build: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
