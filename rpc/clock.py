@@ -14,10 +14,10 @@ from tvm_compress.rpc.device import (
     MeasurementSettings,
 )
 from tvm_compress.rpc.program import Callee, Kernel
-from tvm_compress.rpc.worker import Worker
+from tvm_compress.rpc.worker import WITHOUT_NETWORK, Worker
 from tvm_compress.rpc.worker_session import WorkerSession
 
-KERNEL_LOADER, LOADER = "tvm_compress.load_kernels", "tvm.rpc.server.load_module"
+KERNEL_LOADER = "tvm_compress.load_kernels"
 
 
 class ClockSession(WorkerSession):
@@ -48,7 +48,7 @@ class ClockSession(WorkerSession):
     def _kernel_loader(self, worker: Worker) -> str:
         """Name of the worker's function that loads a library for its kernels.
 
-        The C worker has only the one for any library, which does for those without a network.
+        Only our own has one; the C worker and TVM's servers get the library without its network.
         """
 
         def known() -> bool:
@@ -59,7 +59,7 @@ class ClockSession(WorkerSession):
             return True
 
         found = worker.call("Asking for functions", self.settings.timeout_s, known)
-        return KERNEL_LOADER if found else LOADER
+        return KERNEL_LOADER if found else WITHOUT_NETWORK
 
 
 class Timing:

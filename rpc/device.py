@@ -279,7 +279,7 @@ class Device(ABC):
 
 
 def open_device(name: str, threads: int = 1) -> Device:
-    """Give the device of that name: "local", "emulated-a72", or "tracker://HOST:PORT/KEY".
+    """Give the device of that name: "local", "emulated-a72", "tracker://HOST:PORT/KEY" or "ssh://USER@HOST".
 
     Raises
     ------
@@ -300,8 +300,14 @@ def open_device(name: str, threads: int = 1) -> Device:
         from tvm_compress.rpc.tracker import TrackerDevice
 
         return TrackerDevice(Tracker.parse(name), threads)
+    if name.startswith("ssh:"):
+        from tvm_compress.rpc.address import SshAddress
+        from tvm_compress.rpc.ssh import SshDevice
+
+        return SshDevice(SshAddress.parse(name), threads)
     raise DeviceError(
-        f"No device is called {name!r}.", "Use `local`, `emulated-a72` or tracker://HOST:PORT/KEY."
+        f"No device is called {name!r}.",
+        "Use `local`, `emulated-a72`, tracker://HOST:PORT/KEY or ssh://USER@HOST.",
     )
 
 

@@ -178,4 +178,4 @@ def worker_command(kit: EmulationKit, counting: bool) -> tuple[Command, dict[str
 
 
 def _start_worker(kit: EmulationKit, counting: bool) -> Worker:
-    return Worker(*worker_command(kit, counting))
+    return Worker(*worker_command(kit, counting), machine="aarch64")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tvm_compress.errors import SettingError
 from tvm_compress.rpc import serve_local
 from tvm_compress.rpc.clock import ClockSession, Timing, sample_in_rounds
 from tvm_compress.rpc.device import Candidate, Device, LatencyResult, MeasurementSettings, Session
+from tvm_compress.rpc.machine import own_machine
 from tvm_compress.rpc.program import Callee, Program
 from tvm_compress.rpc.worker import Worker
 
@@ -59,8 +60,8 @@ class LocalDevice(Device):
 class LocalSession(ClockSession):
     """Times each candidate in a worker of its own, so that none can spoil another."""
 
-    def __init__(self, settings: MeasurementSettings) -> None:
-        super().__init__(settings, lambda: _start_worker(settings.threads))
+    def __init__(self, settings: MeasurementSettings, start: Callable[[], Worker] | None = None) -> None:
+        super().__init__(settings, start or (lambda: _start_worker(settings.threads)))
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; raises SettingError for more than MOST_CANDIDATES."""
@@ -96,7 +97,7 @@ def worker_command(threads: int) -> tuple[list[str], dict[str, str]]:
 
 def _start_worker(threads: int) -> Worker:
     script, environment = worker_command(threads)
-    return Worker(lambda _: script, environment)
+    return Worker(lambda _: script, environment, machine=own_machine())
 
 
 def processor_name() -> str:

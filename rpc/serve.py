@@ -15,11 +15,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm_compress.rpc.address import Tracker
-from tvm_compress.rpc.relay import hear, open_tracker, pass_on, say
+from tvm_compress.rpc.last_words import chunk, ending
+from tvm_compress.rpc.machine import own_machine
+from tvm_compress.rpc.relay import LAST_WORDS, MACHINE, hear, open_tracker, pass_on, say, watch
 from tvm_compress.rpc.serve_local import MAX_KEY, RPC_MAGIC, RPC_MISMATCH, receive
-from tvm_compress.rpc.worker import WorkerProcess
+from tvm_compress.rpc.worker import WorkerProcess, how_ended
 
 PUT, UPDATE_INFO, PENDING, SUCCESS = 3, 5, 7, 0
 # Seconds between signs of life to the tracker.
@@ -30,6 +33,25 @@ UNCLAIMED = 3.0
 GREETING = 5.0
 # A tracker that went away is looked for again after so many seconds, doubling up to the last.
 RETRY_FIRST, RETRY_LAST = 0.5, 30.0
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who was greeted, and what its greeting asked for.
+
+    Parameters
+    ----------
+    connection
+        To the client.
+    limit
+        Seconds after which its session ends.
+    last_words
+        Whether it wants to be told how the session ended.
+    """
+
+    connection: socket.socket
+    limit: float
+    last_words: bool
 
 
 class BoardServer:
@@ -43,6 +65,8 @@ class BoardServer:
         Is told what happens, a line each.
     host
         Address to listen on; empty for all of this machine's.
+    machine
+        Processor that the workers run libraries of; this machine's if empty.
     """
 
     def __init__(
@@ -51,8 +75,10 @@ class BoardServer:
         start: Callable[[], WorkerProcess],
         tell: Callable[[str], None] = lambda line: None,
         host: str = "",
+        machine: str = "",
     ) -> None:
         self._tracker, self._start, self._tell = tracker, start, tell
+        self._machine = machine or own_machine()
         self._listening = socket.create_server((host, 0), backlog=4)
         self.port: int = self._listening.getsockname()[1]
         self._connection: socket.socket | None = None
@@ -77,27 +103,32 @@ class BoardServer:
 
     def _serve_one(self, worker: WorkerProcess) -> None:
         """Announce a worker, wait for its client, and pass on what they say."""
-        client, limit = self._wait_for_client()
+        client = self._wait_for_client()
         if client is None:
             return
         began = time.monotonic()
 
         def stopped() -> bool:
-            return self._stop.is_set() or time.monotonic() - began > limit
+            return self._stop.is_set() or time.monotonic() - began > client.limit
 
-        with client:
+        with client.connection as connection:
             try:
                 with worker.connect() as served:
-                    ended = pass_on(client, served, stopped)
+                    ended = pass_on(connection, served, stopped, chunk if client.last_words else bytes)
+                how = "its time was up" if ended is None else self._how(worker, ended is connection)
             except OSError as error:
-                self._tell(f"session: the worker did not answer: {error}")
-                return
-        took = time.monotonic() - began
-        code = worker.exit_code()
-        how = "its time was up" if ended is None else f"died of {-code}" if code < 0 else "ended"
-        self._tell(f"session: {how} after {took:.1f} s")
+                how = f"its worker did not answer ({error}) and {self._how(worker, False)}"
+            if client.last_words:
+                with contextlib.suppress(OSError):
+                    connection.sendall(ending(how))
+        self._tell(f"session: {how} after {time.monotonic() - began:.1f} s")
 
-    def _wait_for_client(self) -> tuple[socket.socket | None, float]:
+    def _how(self, worker: WorkerProcess, client_left: bool) -> str:
+        # A worker whose client left is ended by its `close`, whatever it is at.
+        code = 0 if client_left else worker.exit_code()
+        return f"its process {how_ended(code)}.{worker.quote_log()}".rstrip(".") if code else "ended"
+
+    def _wait_for_client(self) -> Client | None:
         match, handed_out = "", 0.0
         pause = RETRY_FIRST
         while not self._stop.is_set():
@@ -117,15 +148,15 @@ class BoardServer:
                 pause = min(2 * pause, RETRY_LAST)
                 continue
             if select.select([self._listening], [], [], PING)[0]:
-                client, _ = self._listening.accept()
-                limit = self._greet(client, match)
-                if limit is not None:
-                    return client, limit
-                client.close()
-        return None, 0.0
+                connection, _ = self._listening.accept()
+                client = self._greet(connection, match)
+                if client is not None:
+                    return client
+                connection.close()
+        return None
 
-    def _greet(self, client: socket.socket, match: str) -> float | None:
-        """Answer a client's greeting; its session's limit in seconds, or None if it is the wrong one."""
+    def _greet(self, client: socket.socket, match: str) -> Client | None:
+        """Answer a client's greeting; None if it is the wrong one."""
         client.settimeout(GREETING)
         with contextlib.suppress(OSError):
             magic, length = struct.unpack("<ii", receive(client, 8))
@@ -135,13 +166,16 @@ class BoardServer:
             if said != f"client:{match}":
                 client.sendall(struct.pack("<i", RPC_MISMATCH))
                 return None
-            answer = f"server:{self._tracker.key}".encode()
+            last_words = LAST_WORDS in options
+            granted = [LAST_WORDS, MACHINE + self._machine] if last_words else []
+            answer = " ".join([f"server:{self._tracker.key}", *granted]).encode()
             client.sendall(struct.pack("<ii", RPC_MAGIC, len(answer)) + answer)
-            client.settimeout(None)
+            watch(client)
             limits = [o.removeprefix("-timeout=") for o in options if o.startswith("-timeout=")]
             with contextlib.suppress(ValueError):
                 # TVM's clients say 0 where there is no limit.
-                return float(limits[0]) or float("inf") if limits else float("inf")
+                limit = float(limits[0]) or float("inf") if limits else float("inf")
+                return Client(client, limit, last_words)
         return None
 
     def _ask(self, message: object) -> object:

@@ -96,7 +96,7 @@ class TrackerDevice(Device):
         command += [tracker.key, str(self.wait), str(SESSION_LIMIT)]
         command += [",".join(sorted(self.set_aside)), ",".join(avoid)]
         try:
-            worker = Worker(lambda _: command, os.environ, self.wait + START_LIMIT)
+            worker = Worker(lambda _: command, os.environ, self.wait + START_LIMIT, relay=True)
         except DeviceFailedError as error:
             raise DeviceFailedError("connection", error.message, _HINT) from None
         found = worker.call("Asking for threads", START_LIMIT, lambda: _threads_of(worker))
@@ -121,12 +121,14 @@ class TrackerSession(ClockSession):
         self._device = device
         #: Addresses that this session does not want at the moment.
         self._avoid: list[str] = []
-        super().__init__(settings, lambda: device.start(settings.threads, self._avoid))
+        # The list and not the session, which could not be forgotten if it were a part of itself.
+        avoid = self._avoid
+        super().__init__(settings, lambda: device.start(settings.threads, avoid))
 
     @property
     def board(self) -> str:
         """Address of the board in use."""
-        return (self._ready_worker().directory / "board").read_text(encoding="utf-8")
+        return str(self._ready_worker().about["address"])
 
     def run_many(self, library: Path, batches: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
         """See `Session.run_many`."""
@@ -134,26 +136,31 @@ class TrackerSession(ClockSession):
         return self._twice(lambda: run(library, batches))
 
     def _twice(self, action: Callable[[], Result]) -> Result:
-        """Do something, once more on another board if it fails by what may be the board's fault."""
+        """Do something, once more if it fails by what may be the board's fault, on another if one is free."""
         board = self.board
+        result, failure = self._attempt(action)
+        if failure is not None and failure.kind in _BOARD_ERRORS:
+            self._avoid[:] = [board]
+            again = None
+            try:
+                result, again = self._attempt(action)
+            finally:
+                self._avoid.clear()
+            if again is None and self.board != board:
+                self._device.blame(board)
+            # Where it fails again, it is not the board's fault: the first failure tells more than its echo.
+            failure = failure if again is not None else None
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def _attempt(self, action: Callable[[], Result]) -> tuple[Result | None, DeviceFailedError | None]:
         try:
-            return action()
+            return action(), None
         except DeviceFailedError as error:
             self.close()
-            if error.kind not in _BOARD_ERRORS:
-                raise
-            failure = error
-        self._avoid = [board]
-        try:
-            result = action()
-        except DeviceFailedError as error:
-            self.close()
-            # Either there is no other board, or it fails there too: then it is not the board's fault.
-            raise failure from error
-        finally:
-            self._avoid = []
-        self._device.blame(board)
-        return result
+            # Without its traceback, which keeps the board's objects and with them the session alive.
+            return None, DeviceFailedError(error.kind, error.message, error.hint)
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; after a failure the others are measured anew, together on one board."""

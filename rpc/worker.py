@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import json
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ import tvm
 from tvm import rpc
 
 from tvm_compress.rpc.device import DeviceFailedError
+from tvm_compress.rpc.machine import elf_machine, machine_of_triple
+from tvm_compress.rpc.relay import LOST
 from tvm_compress.rpc.serve_local import RPC_MAGIC, receive
 
 Result = TypeVar("Result")
@@ -35,7 +39,15 @@ _ANSWER_LIMIT = 5.0
 #: Seconds that a worker whose connection broke gets to finish dying.
 _DEATH_LIMIT = 2.0
 #: Bytes of the worker's own messages that an error quotes.
-_QUOTED_BYTES = 600
+_QUOTED_BYTES = 1200
+#: Seconds between looks whether a relay has its board.
+_LOOK = 0.02
+#: A loader's name: makes a module of a library whose name it is given.
+LOADER = "tvm.rpc.server.load_module"
+#: Instead of one: load a library as if it held kernels only, which TVM's time evaluator then finds.
+WITHOUT_NETWORK = ""
+#: Where a library with a network says so; a changed name is not found by who looks for it.
+_NETWORK, _NO_NETWORK = b"__tvm_ffi__library_bin\0", b"__tvm_ffi__library_bi_\0"
 
 
 class WorkerProcess:
@@ -124,12 +136,16 @@ class WorkerProcess:
         self.kill()
         return self.process.wait()
 
+    def last_words(self) -> str:
+        """Last words of the process, or ""."""
+        with contextlib.suppress(OSError):
+            return self.log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
+        return ""
+
     def quote_log(self) -> str:
         """Last words of the process, for an error's text."""
-        with contextlib.suppress(OSError):
-            text = self.log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
-            return f" It said: {text}" if text else ""
-        return ""
+        text = self.last_words()
+        return f" It said: {text}" if text else ""
 
     def kill(self) -> None:
         """Kill the process with all its children."""
@@ -149,11 +165,15 @@ class Worker:
         Of the process, see `WorkerProcess`.
     limit
         Seconds until it has to answer.
+    machine
+        Processor that it runs libraries of, by the names of `machine`; "" is not known.
+    relay
+        The process passes bytes on to a board, and announces it by `relay.announce` once it has one.
 
     Raises
     ------
     DeviceFailedError
-        Of kind "connection": the process cannot be started or does not answer.
+        Of kind "connection": the process cannot be started or does not answer, or the relay gets no board.
     """
 
     def __init__(
@@ -161,7 +181,13 @@ class Worker:
         command: Callable[[Path], Sequence[str]],
         environment: Mapping[str, str],
         limit: float = START_LIMIT,
+        machine: str = "",
+        relay: bool = False,
     ) -> None:
+        #: What a relay tells of its board.
+        self.about: dict[str, Any] = {"machine": machine}
+        self._relay = relay
+        self._asked_machine = False
         self._expired = False
         self._failed = False
         self._server = WorkerProcess(command, environment)
@@ -170,6 +196,9 @@ class Worker:
         self._uploads = 0
         self.remote: Any = None
         try:
+            if relay:
+                # In Python: TVM's own client would wait where nothing can interrupt it.
+                self.about = self._wait_for_board(limit)
             connect = ("127.0.0.1", self._server.port, self._server.key)
             self.remote = self.call("the connection", limit, rpc.connect, *connect)
         except DeviceFailedError as error:
@@ -180,6 +209,33 @@ class Worker:
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._server.alive
+
+    def _wait_for_board(self, limit: float) -> dict[str, Any]:
+        deadline = time.monotonic() + limit
+        announced = self.directory / "board"
+        while not announced.exists():
+            if not self._server.alive:
+                raise DeviceFailedError("connection", self._server.last_words() or "The relay died.")
+            if time.monotonic() > deadline:
+                raise DeviceFailedError("connection", f"There was no board within {limit:g} s.")
+            time.sleep(_LOOK)
+        return json.loads(announced.read_text(encoding="utf-8"))
+
+    @property
+    def machine(self) -> str:
+        """Processor that the worker runs libraries of; "" where it does not say."""
+        if not self.about["machine"] and not self._asked_machine:
+            self._asked_machine = True
+            # TVM's own server knows it where it runs with all of TVM.
+            with contextlib.suppress(DeviceFailedError):
+                self.about["machine"] = self.call("Asking for the processor", START_LIMIT, self._triple)
+        return self.about["machine"]
+
+    def _triple(self) -> str:
+        try:
+            return machine_of_triple(str(self.remote.get_function("target.llvm_get_system_triple")()))
+        except AttributeError:
+            return ""
 
     def call(self, what: str, limit: float, function: Callable[..., Result], *args: Any) -> Result:
         """Call something that waits for the worker; kill the worker if it takes longer than `limit` seconds.
@@ -209,8 +265,12 @@ class Worker:
         code = self._process.wait()
         if self._expired:
             return DeviceFailedError("timeout", f"{what} did not finish within {limit:g} s.")
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return DeviceFailedError("crash", f"{what}: the device's process {how}.{self._server.quote_log()}")
+        words = self._server.last_words()
+        if self._relay and code > 0 and words:
+            return DeviceFailedError("connection" if code == LOST else "crash", f"{what}: {words}")
+        return DeviceFailedError(
+            "crash", f"{what}: the device's process {how_ended(code)}.{self._server.quote_log()}"
+        )
 
     def _answers(self) -> bool:
         """Whether the worker outlived an error: then it was its answer, else its last sign."""
@@ -223,9 +283,7 @@ class Worker:
             self._process.wait(_DEATH_LIMIT)
         return False
 
-    def load(
-        self, library: Path, limit: float, loader: str = "tvm.rpc.server.load_module"
-    ) -> tuple[tvm.runtime.Module, str]:
+    def load(self, library: Path, limit: float, loader: str = LOADER) -> tuple[tvm.runtime.Module, str]:
         """Send a library and load it; gives the remote module and its file's name on the device.
 
         Parameters
@@ -235,28 +293,44 @@ class Worker:
         limit
             Seconds that each of the two steps may take.
         loader
-            The worker's function that makes a module of a file's name.
+            The worker's function that makes a module of a file's name, or WITHOUT_NETWORK.
 
         Raises
         ------
         DeviceFailedError
-            Of kind "build" where the file is missing or cannot be loaded on the device, else as `call`.
+            Of kind "build" where the file is missing, is built for another processor, or cannot be loaded on
+            the device, else as `call`.
         """
         if not library.is_file():
             raise DeviceFailedError("build", f"There is no library {library}.")
+        built_for = self._check_machine(library)
         self._uploads += 1
         name = f"library{self._uploads}.so"
 
         def load() -> tvm.runtime.Module:
-            return self.remote.get_function(loader)(name)
+            return self.remote.get_function(loader or LOADER)(name)
 
         try:
             content = bytearray(library.read_bytes())
         except OSError as error:
             raise DeviceFailedError("build", f"{library} cannot be read: {error}.") from None
+        if loader == WITHOUT_NETWORK:
+            content = content.replace(_NETWORK, _NO_NETWORK)
         self.call(f"Sending {library.name}", limit, self.remote.upload, content, name)
-        with as_build_error("Was it built for this device's target?"):
+        built = f"It was built for {built_for}: is that the device's processor?" if built_for else ""
+        with as_build_error(built or "Is it a shared library for this device?"):
             return self.call(f"Loading {library.name}", limit, load), name
+
+    def _check_machine(self, library: Path) -> str:
+        """Processor that a library is built for; what a loader says of a wrong one misleads."""
+        built_for = elf_machine(library)
+        if built_for and self.machine and built_for != self.machine:
+            raise DeviceFailedError(
+                "build",
+                f"{library.name} is built for {built_for}, but the device is {self.machine}.",
+                "Build it for the device's target (`--target`).",
+            )
+        return built_for
 
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """Copy an array to the device; to be called within `call`."""
@@ -321,11 +395,14 @@ def _last_words(text: str) -> str:
     return last if last.endswith(".") else f"{last}."
 
 
-def _signal_name(number: int) -> str:
+def how_ended(code: int) -> str:
+    """Say an exit code, negative for a signal's number, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
     try:
-        return signal.Signals(number).name
+        return f"was killed by {signal.Signals(-code).name}"
     except ValueError:
-        return f"signal {number}"
+        return f"was killed by signal {-code}"
 
 
 def _kill_with_parent(group: int, pipe: int) -> None:

@@ -5,9 +5,13 @@
 # mypy: disable-error-code="valid-type"
 
 import os
+import pwd
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from tvm.script import tirx as T
 from tvm_compress.rpc.address import Tracker as Address
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import Device, MeasurementSettings, Session, open_device
+from tvm_compress.rpc.machine import own_machine
 
 TARGETS = {
     "local": {"kind": "llvm"},
@@ -41,11 +46,19 @@ QUICK = MeasurementSettings(repeat=3, min_repeat_ms=1.0, timeout_s=20.0)
 
 @dataclass
 class Bench:
-    """A device under test, an open session on it, and how to build for it."""
+    """A device under test, an open session on it, and how to build for it.
+
+    `processor` is the key in TARGETS of what its libraries are built for, `machine` its name in errors.
+    """
 
     device: Device
     session: Session
     build: Callable[[str], Path]
+    processor: str
+
+    @property
+    def machine(self) -> str:
+        return own_machine() if self.processor == "local" else "aarch64"
 
 
 @I.ir_module
@@ -134,7 +147,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
     return build
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tracker() -> Iterator[Address]:
     """A tracker of TVM on loopback, and the key of the boards."""
     server = Tracker(host="127.0.0.1", port=9190, port_end=9990, silent=True)
@@ -178,11 +191,95 @@ def emulated_boards(tracker: Address, count: int) -> Iterator[list[Board]]:
         yield found
 
 
-@pytest.fixture(params=sorted(TARGETS), scope="module")
+@pytest.fixture(scope="session")
+def two(tracker: Address) -> Iterator[list[Board]]:
+    """Two boards, started once: each survives what the tests do to its sessions."""
+    with emulated_boards(tracker, 2) as servers:
+        yield servers
+
+
+@dataclass(frozen=True)
+class SshServer:
+    """An SSH server of this very user on loopback, as a board."""
+
+    port: int
+    folder: Path
+    user: str
+
+    def address(self, python: str | Path = sys.executable) -> str:
+        return f"ssh://{self.user}@127.0.0.1:{self.port}{python}"
+
+    def client(self, known: str = "known_hosts", identity: str = "key") -> str:
+        """Give what TVM_COMPRESS_SSH has to be for a client with these files, apart from the user's own."""
+        config = self.folder / f"config-{known}-{identity}"
+        config.write_text(
+            f"IdentityFile {self.folder / identity}\nIdentitiesOnly yes\nIdentityAgent none\n"
+            f"UserKnownHostsFile {self.folder / known}\nGlobalKnownHostsFile /dev/null\n"
+            # The quickest to start with.
+            "KexAlgorithms curve25519-sha256\n"
+        )
+        return f"ssh -F {config}"
+
+
+@pytest.fixture(scope="session")
+def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """A real sshd with keys of its own, and the environment that leads our client to it."""
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host_key", "key", "other_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    public = (folder / "host_key.pub").read_text()
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {public}")
+    (folder / "nobody").write_text("")
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder / 'host_key'}\nPidFile none\n"
+        f"AuthorizedKeysFile {folder / 'key.pub'}\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+    )
+    if os.geteuid() == 0:
+        # Where sshd, started by root, locks itself in.
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert sshd is not None, "The tests need openssh-server: run scripts/setup dev."
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    try:
+        _wait_for_port(port)
+        found = SshServer(port, folder, pwd.getpwuid(os.getuid()).pw_name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TVM_COMPRESS_SSH", found.client())
+            yield found
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+@pytest.fixture(params=["emulated-a72", "local", "ssh", "tracker"], scope="module")
 def bench(request: pytest.FixtureRequest, build: Callable[[str, str], Path]) -> Iterator[Bench]:
-    device = open_device(request.param)
+    """One device after the other; `tracker` has two emulated boards, `ssh` is this machine."""
+    name, processor = request.param, request.param
+    if name == "tracker":
+        request.getfixturevalue("two")
+        name, processor = str(request.getfixturevalue("tracker")), "emulated-a72"
+    elif name == "ssh":
+        name, processor = request.getfixturevalue("ssh_server").address(), "local"
+    device = open_device(name)
     with device.open(QUICK) as session:
-        yield Bench(device, session, lambda name: build(name, request.param))
+        yield Bench(device, session, lambda module: build(module, processor), processor)
 
 
 @pytest.fixture

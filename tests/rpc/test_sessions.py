@@ -13,6 +13,7 @@ import pytest
 
 from tvm_compress.errors import DeviceError, SettingError
 from tvm_compress.rpc.device import Device, MeasurementSettings, open_device
+from tvm_compress.rpc.machine import own_machine
 from tvm_compress.rpc.measure import latency_ratio, measure
 
 PERSISTENCE_LIMIT_S = 20.0
@@ -89,7 +90,7 @@ def test_time_kernels_measures_each_function_alone(bench):
     )
     assert results["absent"].error[0] == "build"
     assert results["crash"].error[0] == "crash"
-    assert "SIGSEGV" in results["crash"].error[1]
+    assert "was killed by SIGSEGV" in results["crash"].error[1]
     assert results["double"].error is None
     assert results["double"].value > 0
 
@@ -101,6 +102,10 @@ def test_time_kernels_finds_the_kernels_of_a_network(bench):
     assert result.value > 0
 
 
+def other_machine(bench):
+    return "emulated-a72" if bench.processor == "local" else "local"
+
+
 @pytest.mark.parametrize("kind", ["missing", "of_another_machine", "text"])
 def test_a_library_that_cannot_be_loaded_is_a_build_failure(bench, build, tmp_path, kind):
     if kind == "missing":
@@ -109,11 +114,19 @@ def test_a_library_that_cannot_be_loaded_is_a_build_failure(bench, build, tmp_pa
         library = tmp_path / "text.so"
         library.write_text("not a library")
     else:
-        library = build("layers", "local" if bench.device.name == "emulated-a72" else "emulated-a72")
+        library = build("layers", other_machine(bench))
     result = bench.session.time(library, [])
     assert result.error[0] == "build"
     assert str(library.name) in result.error[1]
     with pytest.raises(DeviceError, match=library.name):
+        bench.session.run(library, [])
+    assert_works(bench)
+
+
+def test_a_library_of_another_machine_names_both(bench, build):
+    library = build("layers", other_machine(bench))
+    found = "aarch64" if bench.processor == "local" else own_machine()
+    with pytest.raises(DeviceError, match=f"built for {found}, but the device is {bench.machine}"):
         bench.session.run(library, [])
     assert_works(bench)
 
@@ -135,12 +148,12 @@ def test_wrong_inputs_say_what_is_wrong(bench, rng):
 
 def test_a_crash_ends_one_call_only(bench):
     library = bench.build("segfault")
-    with pytest.raises(DeviceError, match="SIGSEGV"):
+    with pytest.raises(DeviceError, match="was killed by SIGSEGV"):
         bench.session.run(library, [np.ones(1, "float32")])
     assert_works(bench)
     result = bench.session.time(library, [np.ones(1, "float32")])
     assert result.error[0] == "crash"
-    assert "SIGSEGV" in result.error[1]
+    assert "was killed by SIGSEGV" in result.error[1]
     assert_works(bench)
 
 
@@ -158,6 +171,7 @@ def test_a_call_that_never_returns_ends_at_the_limit(bench):
 
 def test_sessions_at_the_same_time_do_not_meet(bench):
     wrong: list[object] = []
+    right: list[int] = []
 
     def work(seed):
         inputs = layers_inputs(np.random.default_rng(seed))
@@ -166,14 +180,19 @@ def test_sessions_at_the_same_time_do_not_meet(bench):
                 (out,) = session.run(bench.build("layers"), inputs)
                 if not np.allclose(out, expected_layers(*inputs), rtol=1e-5, atol=1e-6):
                     wrong.append((seed, out))
+        right.append(seed)
 
     bench.build("layers")
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    # Daemons, so that one that hangs fails this test and not the whole run.
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(3)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + PERSISTENCE_LIMIT_S
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
+    assert sorted(right) == [0, 1, 2]
 
 
 def test_ended_sessions_give_their_place_back(bench):
@@ -261,7 +280,7 @@ def test_measure_compares_with_the_reference(bench, rng):
 
 
 def test_an_unknown_device_is_named():
-    with pytest.raises(DeviceError, match="`local`, `emulated-a72` or tracker://"):
+    with pytest.raises(DeviceError, match=r"`local`, `emulated-a72`, tracker://.* or ssh://"):
         open_device("toaster")
     assert isinstance(open_device("local", threads=2), Device)
 

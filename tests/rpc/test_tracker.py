@@ -1,7 +1,9 @@
 """Boards at a real tracker on loopback: taken, lost, blamed, set aside; and `tvm-compress device`."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,10 +30,12 @@ def library(build: Callable[[str, str], Path]) -> Path:
     return build("layers", "emulated-a72")
 
 
-@pytest.fixture
-def two(tracker: Tracker) -> Iterator[list[Board]]:
-    with emulated_boards(tracker, 2) as servers:
-        yield servers
+@pytest.fixture(scope="module")
+def alone(tracker: Tracker) -> Iterator[Tracker]:
+    """A single board of a key of its own."""
+    mine = Tracker(tracker.host, tracker.port, "alone")
+    with emulated_boards(mine, 1):
+        yield mine
 
 
 def lose(servers: list[Board], session: TrackerSession) -> str:
@@ -95,19 +99,19 @@ def test_a_library_that_fails_everywhere_blames_no_board(
 
 
 def test_a_single_board_survives_what_crashes_it(
-    tracker: Tracker, library: Path, build: Callable[[str, str], Path]
+    alone: Tracker, library: Path, build: Callable[[str, str], Path]
 ) -> None:
-    with emulated_boards(tracker, 1), open_device(str(tracker)).open(QUICK) as session:
+    with open_device(str(alone)).open(QUICK) as session:
         assert session.time(build("segfault", "emulated-a72"), [np.ones(1, "float32")]).error is not None
         (out,) = session.run(library, X)
         np.testing.assert_allclose(out, np.full((2, 4), 8.0))
 
 
 def test_a_session_ends_at_the_boards_limit(
-    tracker: Tracker, library: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Tracker, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tvm_compress.rpc.tracker.SESSION_LIMIT", 2.0)
-    with emulated_boards(tracker, 1), open_device(str(tracker)).open(QUICK) as session:
+    with open_device(str(alone)).open(QUICK) as session:
         session.run(library, X)
         worker = session._worker  # type: ignore[attr-defined]
         deadline = time.monotonic() + 15
@@ -126,6 +130,51 @@ def test_no_tracker_says_how_to_start_one() -> None:
     assert "127.0.0.1:9" in str(failure.value)
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request"], ids=["silent", "other"])
+def test_what_is_no_tracker_is_told_within_the_wait(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(answer)
+                connection.recv(4)
+                ended.wait(20)
+
+        ended = threading.Event()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(DeviceError, match=r"(No|no) tracker of TVM.* Start a tracker by") as failure:
+            TrackerDevice(Tracker("127.0.0.1", port, "pi"), wait=1.0).open()
+        assert time.monotonic() - begin < 10
+        assert f"127.0.0.1:{port}" in str(failure.value)
+        ended.set()
+        thread.join(5)
+
+
+def test_a_board_of_tvm_itself_does_too(
+    tracker: Tracker, build: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    mine = Tracker(tracker.host, tracker.port, "plain")
+    command = [sys.executable, "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1", "--port", "9190"]
+    command += ["--port-end", "9990", "--tracker", f"{mine.host}:{mine.port}", "--key", mine.key, "--silent"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        with TrackerDevice(mine).open(QUICK) as session:
+            (out,) = session.run(build("layers", "local"), X)
+            np.testing.assert_allclose(out, np.full((2, 4), 8.0))
+            shapes = [((2, 8), "float32"), ((8, 4), "float32"), ((2, 4), "float32")]
+            assert session.time_kernels(build("layers", "local"), {"matmul": shapes})["matmul"].ok
+            with pytest.raises(DeviceError, match="built for aarch64, but the device is"):
+                session.run(build("layers", "emulated-a72"), X)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 def test_no_board_is_told_after_the_wait(tracker: Tracker) -> None:
     other = Tracker(tracker.host, tracker.port, "nobody-has-this-key")
     with pytest.raises(DeviceError, match="No board 'nobody-has-this-key' became free"):
@@ -142,7 +191,8 @@ def test_addresses_that_name_no_tracker(text: str) -> None:
 
 def test_device_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["device", "list", "--json"]) == 0
-    assert "emulated-a72" in json.loads(capsys.readouterr().out)["devices"]
+    devices = json.loads(capsys.readouterr().out)["devices"]
+    assert {name.split(":")[0] for name in devices} == {"local", "emulated-a72", "tracker", "ssh"}
 
 
 @pytest.mark.parametrize("device", ["local", "emulated-a72"])

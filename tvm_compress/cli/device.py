@@ -26,6 +26,7 @@ DEVICES = {
     "local": "this machine, in seconds, in a process of its own",
     "emulated-a72": "a Cortex-A72 under QEMU, in estimated cycles that repeat to the bit",
     "tracker://HOST:PORT/KEY": "boards that serve at a tracker of TVM, in seconds",
+    "ssh://USER@HOST[:PORT][/PATH/OF/PYTHON]": "a board that has SSH and TVM's runtime, in seconds",
 }
 # Ratios that two interleaved measurements of one library should have, if nothing disturbs them.
 CHECK = MeasurementSettings(warmup=3, repeat=15, min_repeat_ms=10)
@@ -42,7 +43,7 @@ def list_devices(as_json: JsonOption = False, debug: DebugOption = False) -> Non
 
 @app.command()
 def check(
-    device: Annotated[str, typer.Argument(help="local, emulated-a72, or tracker://HOST:PORT/KEY.")] = "local",
+    device: Annotated[str, typer.Argument(help="A device, see `device list`.")] = "local",
     target: Annotated[str, typer.Option(help="Target of the board's processor.")] = "",
     threads: ThreadsOption = 1,
     as_json: JsonOption = False,
@@ -112,7 +113,8 @@ def serve(
 
     where = Tracker.parse(tracker)
     print_lines([f"serving {platform.node()} ({platform.machine()}) at {where}; stop with Ctrl-C"])
-    BoardServer(where, _starter(emulated, threads), lambda line: print_lines([line]), host).run()
+    machine = "aarch64" if emulated else ""
+    BoardServer(where, _starter(emulated, threads), lambda line: print_lines([line]), host, machine).run()
 
 
 def _starter(emulated: bool, threads: int) -> Any:

@@ -26,7 +26,7 @@ MeanOption = Annotated[
 StdOption = Annotated[str | None, typer.Option(help="Standard deviation per channel; goes with --mean.")]
 SplitSeedOption = Annotated[int, typer.Option(help="Seed of the split into train, validation and test.")]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="local, emulated-a72, or tracker://HOST:PORT/KEY.")
+    str, typer.Option("--device", help="local, emulated-a72, tracker://HOST:PORT/KEY or ssh://USER@HOST.")
 ]
 ThreadsOption = Annotated[int, typer.Option(help="Threads on the device.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
