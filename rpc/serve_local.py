@@ -6,6 +6,7 @@ the client must say is in the environment, because everybody on a machine can re
 """
 
 import ctypes
+import glob
 import os
 import socket
 import struct
@@ -14,6 +15,8 @@ import sys
 RPC_MAGIC = 0xFF271
 RPC_MISMATCH = RPC_MAGIC + 2
 MAX_KEY = 1024
+# Bytes that are walked to flush small or unknown caches.
+LEAST_FLUSH = 16 << 20
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
@@ -42,6 +45,38 @@ def greet(listening: socket.socket, key: str) -> socket.socket:
         connection.close()
 
 
+class CacheFlush:
+    """Pushes everything else out of the caches, by reading a large buffer."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def prepare(self, size: int) -> int:
+        """Make the buffer of `size` bytes, or 0 for one larger than the last cache; gives its bytes."""
+        # Caches that replace lines at random keep some of them through one pass over their own size.
+        size = size or max(2 * last_cache_bytes(), LEAST_FLUSH)
+        if len(self._buffer) != size:
+            # Not `bytearray(size)`: memory that nobody wrote to is one page of zeros, again and again.
+            self._buffer = bytearray(b"\x01") * size
+        return size
+
+    def flush(self, *_: object) -> None:
+        """Read the whole buffer, in search of what it does not hold."""
+        self._buffer.find(b"\x02")
+
+
+def last_cache_bytes() -> int:
+    """Size of the first core's last cache, 0 where the system does not tell."""
+    sizes = [0]
+    for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
+        try:
+            with open(path, encoding="ascii") as file:
+                sizes.append(int(file.read().strip().removesuffix("K")) * 1024)
+        except (OSError, ValueError):
+            continue
+    return max(sizes)
+
+
 def main(arguments: list[str]) -> None:
     """Serve one session and return when the client ends it."""
     *runtimes, descriptor, directory = arguments
@@ -65,6 +100,9 @@ def main(arguments: list[str]) -> None:
         module = load_module(name)
         return module.imports[0] if module.kind == "relax.VMExecutable" else module
 
+    flush = CacheFlush()
+    tvm_ffi.register_global_func("tvm_compress.prepare_flush", flush.prepare, override=True)
+    tvm_ffi.register_global_func("tvm_compress.flush_caches", flush.flush, override=True)
     tvm_ffi.register_global_func("tvm_compress.load_kernels", load_kernels, override=True)
     tvm_ffi.register_global_func("tvm.rpc.server.workpath", work_path, override=True)
     tvm_ffi.register_global_func("tvm.rpc.server.load_module", load_module, override=True)

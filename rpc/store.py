@@ -14,7 +14,8 @@ from typing import Any
 from tvm_compress.errors import StudyError
 from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, Unit
 
-SCHEMA_VERSION = 1
+#: Version 2 came with `cache_flush`, `max_spread` and `max_repeat` in the settings.
+SCHEMA_VERSION = 2
 _BUSY_LIMIT_S = 30.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS measurements (
@@ -151,7 +152,9 @@ class MeasurementStore:
                 connection.execute("BEGIN IMMEDIATE")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-                if version != SCHEMA_VERSION and (version or tables):
+                if version == 1:
+                    _fill_settings(connection)
+                elif version != SCHEMA_VERSION and (version or tables):
                     raise StudyError(
                         f"{self.path} holds measurements of schema version {version}, not {SCHEMA_VERSION}.",
                         "Use the release that wrote them, or another folder.",
@@ -172,6 +175,16 @@ class MeasurementStore:
             f"The measurements in {self.path} are damaged ({error}); they were moved to {target}.",
             stacklevel=3,
         )
+
+
+def _fill_settings(connection: sqlite3.Connection) -> None:
+    """Add the defaults of newer settings to rows of version 1, so that they are found by today's settings.
+
+    Releases that know version 1 only could not read what is written from here on: the file's version rises.
+    """
+    for (old,) in connection.execute("SELECT DISTINCT settings FROM measurements").fetchall():
+        new = _canonical(MeasurementSettings.from_dict(json.loads(old)).to_dict())
+        connection.execute("UPDATE measurements SET settings = ? WHERE settings = ?", (new, old))
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

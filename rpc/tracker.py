@@ -18,7 +18,7 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.rpc.address import Tracker
-from tvm_compress.rpc.clock import ClockSession, Timing
+from tvm_compress.rpc.clock import ClockSession, Timing, results_of, rounds
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
     Candidate,
@@ -164,14 +164,11 @@ class TrackerSession(ClockSession):
             def sample(missing: list[str] = missing) -> dict[str, LatencyResult]:
                 nonlocal culprit
                 timings = {name: Timing(self._prepared(*candidates[name]), self.settings) for name in missing}
-                for _ in range(self.settings.repeat):
+                for _ in rounds(timings, self.settings):
                     for name, timing in timings.items():
                         culprit = name
                         timing.take_sample()
-                return {
-                    name: LatencyResult.from_samples(timing.samples, "seconds", self.settings)
-                    for name, timing in timings.items()
-                }
+                return results_of(timings, self.settings)
 
             try:
                 results |= self._twice(sample)

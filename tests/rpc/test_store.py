@@ -69,6 +69,37 @@ def test_another_schema_version_is_refused(path):
         MeasurementStore(path)
 
 
+def test_rows_of_the_first_schema_are_found_by_todays_settings(path):
+    path.parent.mkdir()
+    settings = (
+        '{"cooldown_ms": 0.0, "min_repeat_ms": 20.0, "number": 1, "repeat": 10, "threads": %d, '
+        '"timeout_s": 60.0, "warmup": 1}'
+    )
+    result = (
+        '{"counters": {}, "error": null, "kernels": {"conv": 1.5}, "samples": [1.5], "settings": %s, '
+        '"spread": 0.0, "unit": "seconds", "value": 1.5}'
+    )
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE measurements (id INTEGER PRIMARY KEY, key TEXT NOT NULL, device TEXT NOT NULL, "
+            "unit TEXT NOT NULL, settings TEXT NOT NULL, result TEXT NOT NULL, provenance TEXT NOT NULL, "
+            "measured_at REAL NOT NULL)"
+        )
+        for threads in (1, 2):
+            old = settings % threads
+            row = ("k", "local", "seconds", old, result % old, "{}", 1.0)
+            connection.execute("INSERT INTO measurements VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", row)
+        connection.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        store = MeasurementStore(path)
+        assert store.get("k", "local", "seconds", SETTINGS) == latency(1.5)
+        two = replace(SETTINGS, threads=2)
+        assert store.get("k", "local", "seconds", two) == latency(1.5, settings=two)
+        assert store.get("k", "local", "seconds", replace(SETTINGS, cache_flush=True)) is None
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
 def test_a_database_of_something_else_is_refused(path):
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as connection, connection:
