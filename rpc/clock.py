@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
+    Candidate,
     DeviceFailedError,
     LatencyResult,
     MeasurementSettings,
     StoppedBy,
     median_and_spread,
 )
+from tvm_compress.rpc.health import find_problems, warn_once
 from tvm_compress.rpc.program import Callee, Kernel
 from tvm_compress.rpc.worker import Worker
 from tvm_compress.rpc.worker_session import WorkerSession
@@ -23,7 +27,37 @@ KERNEL_LOADER, LOADER = "tvm_compress.load_kernels", "tvm.rpc.server.load_module
 
 
 class ClockSession(WorkerSession):
-    """A session that times kernels with a clock, one after the other."""
+    """A session that times with a clock: networks in turns, kernels one after the other."""
+
+    def __init__(
+        self, settings: MeasurementSettings, start: Callable[[], Worker], device: str = "This machine"
+    ) -> None:
+        super().__init__(settings, start)
+        self._called = device
+        # Causes of which the user was told.
+        self._warned: set[str] = set()
+
+    def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+        """See `Session.time_many`; the state of the device is read before and after."""
+        # A worker that has to be started first could make the user wait twice for a board.
+        worker = self._worker
+        before = self.health() if worker is not None and worker.alive else {}
+        results = self._time_many(candidates)
+        if self._worker is None or not self._worker.alive:
+            return results
+        # Another worker may be on another board.
+        before = before if self._worker is worker else {}
+        after = self.health()
+        if not after:
+            return results
+        problems = find_problems(before, after)
+        warn_once(problems, self._warned, self._called)
+        health = {"before": before, "after": after, "warnings": list(problems.values())}
+        return {name: replace(result, health=health) for name, result in results.items()}
+
+    @abstractmethod
+    def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+        """Do what `time_many` promises."""
 
     def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""

@@ -121,7 +121,7 @@ class TrackerSession(ClockSession):
         self._device = device
         #: Addresses that this session does not want at the moment.
         self._avoid: list[str] = []
-        super().__init__(settings, lambda: device.start(settings.threads, self._avoid))
+        super().__init__(settings, lambda: device.start(settings.threads, self._avoid), self._device.name)
 
     @property
     def board(self) -> str:
@@ -155,7 +155,7 @@ class TrackerSession(ClockSession):
         self._device.blame(board)
         return result
 
-    def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+    def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; after a failure the others are measured anew, together on one board."""
         results: dict[str, LatencyResult] = {}
         while missing := [name for name in candidates if name not in results]:
