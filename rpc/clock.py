@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
+    Candidate,
     DeviceFailedError,
     LatencyResult,
     MeasurementSettings,
+    StoppedBy,
+    median_and_spread,
 )
+from tvm_compress.rpc.health import find_problems, warn_once
 from tvm_compress.rpc.program import Callee, Kernel
 from tvm_compress.rpc.worker import WITHOUT_NETWORK, Worker
 from tvm_compress.rpc.worker_session import WorkerSession
@@ -21,7 +27,37 @@ KERNEL_LOADER = "tvm_compress.load_kernels"
 
 
 class ClockSession(WorkerSession):
-    """A session that times kernels with a clock, one after the other."""
+    """A session that times with a clock: networks in turns, kernels one after the other."""
+
+    def __init__(
+        self, settings: MeasurementSettings, start: Callable[[], Worker], device: str = "This machine"
+    ) -> None:
+        super().__init__(settings, start)
+        self._called = device
+        # Causes of which the user was told.
+        self._warned: set[str] = set()
+
+    def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+        """See `Session.time_many`; the state of the device is read before and after."""
+        # A worker that has to be started first could make the user wait twice for a board.
+        worker = self._worker
+        before = self.health() if worker is not None and worker.alive else {}
+        results = self._time_many(candidates)
+        if self._worker is None or not self._worker.alive:
+            return results
+        # Another worker may be on another board.
+        before = before if self._worker is worker else {}
+        after = self.health()
+        if not after:
+            return results
+        problems = find_problems(before, after)
+        warn_once(problems, self._warned, self._called)
+        health = {"before": before, "after": after, "warnings": list(problems.values())}
+        return {name: replace(result, health=health) for name, result in results.items()}
+
+    @abstractmethod
+    def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+        """Do what `time_many` promises."""
 
     def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""
@@ -70,21 +106,70 @@ class Timing:
         self._settings = settings
         self._callee: Callee | None = None
         self._number = 0
+        self._flushed = 0
         self.samples: list[float] = []
 
     def take_sample(self) -> None:
         """Take one; the first is preceded by loading, warming up and finding the number of calls."""
-        settings = self._settings
         if self._callee is None:
             self._callee = self._prepare()
-            for _ in range(settings.warmup):
-                self._callee.invoke()
-            seconds = self._callee.evaluate(1)
+            self._begin(self._callee)
+        self.samples.append(self._callee.evaluate(self._number))
+        time.sleep(self._settings.cooldown_ms / 1000)
+
+    def _begin(self, callee: Callee) -> None:
+        settings = self._settings
+        for _ in range(settings.warmup):
+            callee.invoke()
+        self._number = settings.number
+        if settings.cache_flush:
+            self._flushed = callee.flush_caches(settings.cache_flush)
+        elif settings.min_repeat_ms:
+            seconds = callee.evaluate(1)
             # At least a nanosecond, for clocks that did not move.
             wanted = settings.min_repeat_ms / 1000 / max(seconds, 1e-9)
-            self._number = max(settings.number, int(wanted) + 1 if settings.min_repeat_ms else 1)
-        self.samples.append(self._callee.evaluate(self._number))
-        time.sleep(settings.cooldown_ms / 1000)
+            self._number = max(settings.number, int(wanted) + 1)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the spread of the samples is as small as the settings want it."""
+        median, spread = median_and_spread(self.samples)
+        return self._settings.max_spread is None or spread <= self._settings.max_spread * median
+
+    def result(self, stopped_by: StoppedBy) -> LatencyResult:
+        """Summary of the samples."""
+        counters = {"calls_per_sample": float(self._number)}
+        if self._flushed:
+            counters["cache_flush_bytes"] = float(self._flushed)
+        return LatencyResult.from_samples(
+            self.samples, "seconds", self._settings, counters=counters, stopped_by=stopped_by
+        )
+
+
+def rounds(timings: Mapping[str, Timing], settings: MeasurementSettings) -> Iterator[int]:
+    """Count the rounds to take: `repeat`, then until all are steady, at most `max_repeat`.
+
+    All candidates get the same rounds, so that their ratios within each stay paired. Who fails may be taken
+    out of `timings` meanwhile.
+    """
+    yield from range(settings.repeat)
+    for number in range(settings.repeat, settings.max_repeat):
+        if stop_reason(timings, settings) != "limit":
+            return
+        yield number
+
+
+def stop_reason(timings: Mapping[str, Timing], settings: MeasurementSettings) -> StoppedBy:
+    """Say why the rounds so far are all; "limit" where only `max_repeat` can end them."""
+    if settings.max_spread is None:
+        return "repeat"
+    return "spread" if all(timing.steady for timing in timings.values()) else "limit"
+
+
+def results_of(timings: Mapping[str, Timing], settings: MeasurementSettings) -> dict[str, LatencyResult]:
+    """Summaries of candidates that went through all `rounds`."""
+    stopped_by = stop_reason(timings, settings)
+    return {name: timing.result(stopped_by) for name, timing in timings.items()}
 
 
 def sample_in_rounds(
@@ -92,15 +177,13 @@ def sample_in_rounds(
 ) -> dict[str, LatencyResult]:
     """Take one sample of each per round; what fails is left out of the further rounds."""
     failed: dict[str, LatencyResult] = {}
-    for _ in range(settings.repeat):
-        for name, timing in timings.items():
-            if name in failed:
-                continue
+    going = dict(timings)
+    for _ in rounds(going, settings):
+        for name, timing in list(going.items()):
             try:
                 timing.take_sample()
             except DeviceFailedError as error:
                 failed[name] = LatencyResult.failed(error.kind, str(error), "seconds", settings)
-    return {
-        name: failed.get(name) or LatencyResult.from_samples(timing.samples, "seconds", settings)
-        for name, timing in timings.items()
-    }
+                del going[name]
+    results = failed | results_of(going, settings)
+    return {name: results[name] for name in timings}

@@ -16,12 +16,17 @@ from tvm_compress.errors import DeviceError, SettingError
 
 Unit = Literal["seconds", "estimated_cycles"]
 ErrorKind = Literal["build", "timeout", "crash", "connection", "unsupported"]
+#: Why no further sample was taken: there were `repeat`, or the spread was small, or there were `max_repeat`.
+StoppedBy = Literal["repeat", "spread", "limit"]
 #: Arguments of a kernel in destination-passing style: (shape, dtype) each, outputs last.
 ArgumentSpecs = Sequence[tuple[Sequence[int], str]]
 #: What is measured: the path of an exported library and the inputs of its `main`.
 Candidate = tuple[Path, Sequence[np.ndarray]]
 
 UNITS: tuple[Unit, ...] = ("seconds", "estimated_cycles")
+STOPPED_BY: tuple[StoppedBy, ...] = ("repeat", "spread", "limit")
+#: Bytes that a flush of the caches may walk: less flushes nothing, more is no cache's size.
+LEAST_FLUSH, MOST_FLUSH = 1 << 16, 1 << 30
 ERROR_KINDS: tuple[ErrorKind, ...] = ("build", "timeout", "crash", "connection", "unsupported")
 
 
@@ -36,15 +41,24 @@ class MeasurementSettings:
     number
         Calls per sample; the sample is their mean.
     repeat
-        Samples; the reported value is their median.
+        Samples; the reported value is their median. With `max_spread`, the least number of them.
     min_repeat_ms
-        `number` is raised until one sample takes at least as long.
+        `number` is raised until one sample takes at least as long; not with `cache_flush`.
     cooldown_ms
         Pause after each sample.
     timeout_s
         Limit of any single call to the device, such as loading a library or taking one sample.
     threads
         Threads of TVM's pool on the device.
+    cache_flush
+        Whether the caches are flushed before every single call, by walking through a buffer on the device:
+        True for one that is larger than its last cache, or the buffer's bytes. Each of the `number` calls of
+        a sample is then timed alone. Caches that other cores have to themselves may stay warm.
+    max_spread
+        None, or the spread (median absolute deviation over median) that suffices: until every candidate's is
+        at or below it, further rounds of samples follow the first `repeat`.
+    max_repeat
+        The most samples that `max_spread` may lead to.
     """
 
     warmup: int = 1
@@ -54,9 +68,12 @@ class MeasurementSettings:
     cooldown_ms: float = 0.0
     timeout_s: float = 60.0
     threads: int = 1
+    cache_flush: bool | int = False
+    max_spread: float | None = None
+    max_repeat: int = 100
 
     def __post_init__(self) -> None:
-        for name, lowest in (("warmup", 0), ("number", 1), ("repeat", 1), ("threads", 1)):
+        for name, lowest in (("warmup", 0), ("number", 1), ("repeat", 1), ("threads", 1), ("max_repeat", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise SettingError(f"`{name}` must be an integer of at least {lowest}, not {value!r}.")
@@ -65,6 +82,29 @@ class MeasurementSettings:
                 raise SettingError(f"`{name}` must be 0 or more, not {getattr(self, name)!r}.")
         if not 0 < self.timeout_s < math.inf:
             raise SettingError(f"`timeout_s` must be more than 0, not {self.timeout_s!r}.")
+        self._check_flush()
+        self._check_spread()
+
+    def _check_flush(self) -> None:
+        flush = self.cache_flush
+        if isinstance(flush, bool) or (isinstance(flush, int) and LEAST_FLUSH <= flush <= MOST_FLUSH):
+            return
+        raise SettingError(
+            f"`cache_flush` must be True, False or bytes from {LEAST_FLUSH} to {MOST_FLUSH}, not {flush!r}."
+        )
+
+    def _check_spread(self) -> None:
+        if self.max_spread is None:
+            return
+        if not 0 < self.max_spread < 1:
+            raise SettingError(
+                f"`max_spread` must be between 0 and 1, such as 0.02, or None, not {self.max_spread!r}."
+            )
+        if self.max_repeat < self.repeat:
+            raise SettingError(
+                f"`max_repeat` must be at least `repeat` ({self.repeat}), not {self.max_repeat}.",
+                "Raise it, or lower `repeat`.",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain JSON values."""
@@ -96,9 +136,15 @@ class LatencyResult:
     kernels
         The part of the value spent in each kernel, by the name of its function, where it is known.
     counters
-        Whatever else the device counted, such as "instructions".
+        Whatever else the device counted, such as "instructions"; of a clock, "calls_per_sample" and, where
+        caches were flushed, "cache_flush_bytes".
     error
         None, or (kind, text) of the failure; the text says what happened, in words for a person.
+    stopped_by
+        Why no further samples were taken, one of STOPPED_BY; None where the measurement failed.
+    health
+        What was read of the device "before" and "after" (see `Session.health`), and "warnings", a text each;
+        empty where nothing was read.
     """
 
     value: float
@@ -109,6 +155,8 @@ class LatencyResult:
     kernels: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     error: tuple[ErrorKind, str] | None = None
+    stopped_by: StoppedBy | None = "repeat"
+    health: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -123,10 +171,10 @@ class LatencyResult:
         settings: MeasurementSettings,
         kernels: Mapping[str, float] | None = None,
         counters: Mapping[str, float] | None = None,
+        stopped_by: StoppedBy = "repeat",
     ) -> LatencyResult:
         """Summarise at least one sample by its median and its median absolute deviation."""
-        median = float(np.median(samples))
-        spread = float(np.median(np.abs(np.asarray(samples) - median)))
+        median, spread = median_and_spread(samples)
         return cls(
             median,
             unit,
@@ -135,12 +183,13 @@ class LatencyResult:
             settings,
             dict(kernels or {}),
             dict(counters or {}),
+            stopped_by=stopped_by,
         )
 
     @classmethod
     def failed(cls, kind: ErrorKind, text: str, unit: Unit, settings: MeasurementSettings) -> LatencyResult:
         """Give the value of a measurement that failed."""
-        return cls(math.nan, unit, (), math.nan, settings, error=(kind, text))
+        return cls(math.nan, unit, (), math.nan, settings, error=(kind, text), stopped_by=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the result as plain JSON values; NaN becomes null."""
@@ -153,13 +202,22 @@ class LatencyResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatencyResult:
-        """Read what `to_dict` gave; raises SettingError for unknown keys, units and error kinds."""
+        """Read what `to_dict` gave, also that of earlier releases, which had no `stopped_by` and `health`.
+
+        Raises
+        ------
+        SettingError
+            A key, a unit, an error kind or a reason to stop is unknown.
+        """
         _reject_unknown(cls, values)
         unit, error = values["unit"], values.get("error")
+        stopped_by = values.get("stopped_by", "repeat" if error is None else None)
         if unit not in UNITS:
             raise SettingError(f"The unit of a latency is one of {', '.join(UNITS)}, not {unit!r}.")
         if error is not None and error[0] not in ERROR_KINDS:
             raise SettingError(f"A measurement fails by one of {', '.join(ERROR_KINDS)}, not {error[0]!r}.")
+        if stopped_by is not None and stopped_by not in STOPPED_BY:
+            raise SettingError(f"A measurement stops by one of {', '.join(STOPPED_BY)}, not {stopped_by!r}.")
         return cls(
             value=math.nan if values["value"] is None else float(values["value"]),
             unit=unit,
@@ -169,7 +227,15 @@ class LatencyResult:
             kernels=dict(values.get("kernels", {})),
             counters=dict(values.get("counters", {})),
             error=None if error is None else (error[0], error[1]),
+            stopped_by=stopped_by,
+            health=dict(values.get("health", {})),
         )
+
+
+def median_and_spread(samples: Sequence[float]) -> tuple[float, float]:
+    """Median of at least one sample, and the median absolute deviation from it."""
+    median = float(np.median(samples))
+    return median, float(np.median(np.abs(np.asarray(samples) - median)))
 
 
 class DeviceFailedError(DeviceError):
@@ -217,7 +283,7 @@ class Session(ABC):
 
     @abstractmethod
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
-        """Measure several libraries, interleaved.
+        """Measure several libraries, interleaved: all have as many samples, unless they fail.
 
         Every round takes one sample of each candidate, so that a drift of clock or temperature meets all of
         them alike and cancels in their ratios; sample i of every result is of round i.
@@ -235,6 +301,16 @@ class Session(ABC):
             By function name, the shape and dtype of each argument in destination-passing style, outputs
             last. Arguments are filled with small values.
         """
+
+    def health(self) -> dict[str, Any]:
+        """What the device tells of its own state now, as plain JSON values; never raises.
+
+        Returns
+        -------
+        Whatever can be read of "clock_mhz", "max_clock_mhz", "governor", "temperature_c", "throttled" (a list
+        of what holds the clock back) and "load_average"; empty where nothing can.
+        """
+        return {}
 
     @abstractmethod
     def close(self) -> None:

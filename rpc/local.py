@@ -63,7 +63,7 @@ class LocalSession(ClockSession):
     def __init__(self, settings: MeasurementSettings, start: Callable[[], Worker] | None = None) -> None:
         super().__init__(settings, start or (lambda: _start_worker(settings.threads)))
 
-    def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+    def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; raises SettingError for more than MOST_CANDIDATES."""
         if len(candidates) > MOST_CANDIDATES:
             raise SettingError(

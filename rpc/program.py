@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,9 @@ from tvm_compress.rpc.worker import Worker, as_build_error
 
 Result = TypeVar("Result")
 
+#: Bytes that are walked to flush the caches of a worker that does not know their size.
+UNKNOWN_CACHES = 16 << 20
+
 
 class Callee(Protocol):
     """Something loaded on a worker, with its arguments."""
@@ -25,8 +29,60 @@ class Callee(Protocol):
     def invoke(self) -> None:
         """Call it once."""
 
+    def flush_caches(self, size: bool | int) -> int:
+        """Have the caches flushed before every call that `evaluate` times; gives the bytes walked for it.
+
+        Parameters
+        ----------
+        size
+            As `MeasurementSettings.cache_flush`, not False.
+        """
+
     def evaluate(self, number: int) -> float:
         """Mean seconds of `number` calls on the worker's clock, after one call that does not count."""
+
+
+@dataclass(frozen=True)
+class CacheFlush:
+    """How a worker flushes its caches: bytes that are walked, and options of TVM's time evaluator."""
+
+    size: int
+    options: Mapping[str, Any]
+
+    @classmethod
+    def prepare(cls, worker: Worker, size: bool | int) -> CacheFlush:
+        """Ask the worker's own function, or where it has none, let TVM copy one array over another.
+
+        TVM's copy works on every server, but makes new arrays for each sample, which takes some 15 times as
+        long, and does not know how large the caches are. To be called within `Worker.call`.
+        """
+        try:
+            prepare = worker.remote.get_function("tvm_compress.prepare_flush")
+        except AttributeError:
+            known = UNKNOWN_CACHES if size is True else int(size)
+            return cls(known, {"cache_flush_bytes": known})
+        return cls(int(prepare(0 if size is True else size)), {"f_preproc": "tvm_compress.flush_caches"})
+
+
+class _Evaluator:
+    """Times calls of one function of a module on a worker."""
+
+    def __init__(self, worker: Worker, module: tvm.runtime.Module, name: str) -> None:
+        self._worker = worker
+        self._module = module
+        self._name = name
+        self._flush: CacheFlush | None = None
+
+    def flush_caches(self, size: bool | int) -> int:
+        self._flush = CacheFlush.prepare(self._worker, size)
+        return self._flush.size
+
+    def mean(self, number: int, arguments: Sequence[Any]) -> float:
+        # The evaluator flushes before each repeat, not before each call of one.
+        options = {"number": number} if self._flush is None else {"repeat": number, "number": 1}
+        options |= self._flush.options if self._flush is not None else {}
+        evaluator = self._module.time_evaluator(self._name, self._worker.remote.cpu(0), **options)
+        return float(evaluator(*arguments).mean)
 
 
 class Program:
@@ -54,6 +110,7 @@ class Program:
         module, self.file = worker.load(library, limit)
         with as_build_error("Is it a library from `relax.build`?"):
             self._machine = self._call("Starting", relax.VirtualMachine, module, worker.remote.cpu(0))
+        self._evaluator = _Evaluator(worker, self._machine.module, "invoke_stateful")
 
     def _call(self, verb: str, function: Callable[..., Result], *args: Any) -> Result:
         return self._worker.call(f"{verb} {self._name}", self._limit, function, *args)
@@ -82,14 +139,13 @@ class Program:
             return [self._machine.module["get_output"]("main", *place).numpy()]
         return [value for field in range(fields) for value in self._fetch(*place, field)]
 
+    def flush_caches(self, size: bool | int) -> int:
+        """See `Callee.flush_caches`."""
+        return self._call("Flushing the caches for", self._evaluator.flush_caches, size)
+
     def evaluate(self, number: int) -> float:
         """See `Callee.evaluate`."""
-
-        def sample() -> float:
-            device = self._worker.remote.cpu(0)
-            return float(self._machine.time_evaluator("invoke_stateful", device, number=number)("main").mean)
-
-        return self._call("Timing", sample)
+        return self._call("Timing", self._evaluator.mean, number, ["main"])
 
 
 class Kernel:
@@ -117,13 +173,13 @@ class Kernel:
         limit: float,
     ) -> None:
         self._worker = worker
-        self._module = module
         self._name = name
         self._limit = limit
         self.file = file
         with as_build_error("Does the library export it?"):
             self._function = self._call("Finding", module.get_function, name)
         self._arguments = self._call("Giving arguments to", self._send, specs)
+        self._evaluator = _Evaluator(worker, module, name)
 
     def _call(self, verb: str, function: Callable[..., Result], *args: Any) -> Result:
         return self._worker.call(f"{verb} kernel {self._name}", self._limit, function, *args)
@@ -135,15 +191,13 @@ class Kernel:
         """See `Callee.invoke`."""
         self._call("Running", self._function, *self._arguments)
 
+    def flush_caches(self, size: bool | int) -> int:
+        """See `Callee.flush_caches`."""
+        return self._call("Flushing the caches for", self._evaluator.flush_caches, size)
+
     def evaluate(self, number: int) -> float:
         """See `Callee.evaluate`."""
-
-        def sample() -> float:
-            device = self._worker.remote.cpu(0)
-            evaluator = self._module.time_evaluator(self._name, device, number=number)
-            return float(evaluator(*self._arguments).mean)
-
-        return self._call("Timing", sample)
+        return self._call("Timing", self._evaluator.mean, number, self._arguments)
 
 
 def small_values(shape: Sequence[int], dtype: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -14,8 +15,11 @@ from typing import Any
 from tvm_compress.errors import StudyError
 from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, Unit
 
-SCHEMA_VERSION = 1
-_BUSY_LIMIT_S = 30.0
+#: Version 2 came with `cache_flush`, `max_spread` and `max_repeat` in the settings.
+SCHEMA_VERSION = 2
+#: Seconds to wait for another process: a row is written within milliseconds, by slow cards within a second.
+BUSY_LIMIT_S = 10.0
+_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS measurements (
     id INTEGER PRIMARY KEY,
@@ -39,15 +43,19 @@ class MeasurementStore:
     path
         The file, made with its folder where it is not there. A damaged file is moved aside to `NAME.corrupt`
         (or `NAME.corrupt-2`, ...), named in a warning, and a new one begun: measurements can be repeated.
+    busy_limit_s
+        Seconds that each use waits for another process that has the file.
 
     Raises
     ------
     StudyError
-        The file is of another schema version, or cannot be opened at all.
+        The file is of another schema version, cannot be opened at all, or another process keeps it longer
+        than the limit; this last from every method.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy_limit_s: float = BUSY_LIMIT_S) -> None:
         self.path = Path(path)
+        self._busy_limit_s = busy_limit_s
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -59,7 +67,7 @@ class MeasurementStore:
                 self._move_aside(error)
                 self._prepare()
         except (OSError, sqlite3.Error) as error:
-            raise StudyError(f"The measurements in {self.path} cannot be opened: {error}.") from None
+            raise self._error("opened", error) from None
 
     def get(
         self,
@@ -133,14 +141,26 @@ class MeasurementStore:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Open, commit or roll back, close: so that a store can be used in any thread and after a fork."""
         try:
-            connection = sqlite3.connect(self.path, timeout=_BUSY_LIMIT_S)
+            connection = self._connect()
             with closing(connection), connection:
                 yield connection
         except sqlite3.DatabaseError as error:
-            raise StudyError(f"The measurements in {self.path} cannot be used: {error}.") from None
+            raise self._error("used", error) from None
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=self._busy_limit_s)
+
+    def _error(self, action: str, error: Exception) -> StudyError:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _BUSY_CODES:
+            return StudyError(
+                f"The measurements in {self.path} are locked by another process for more than "
+                f"{self._busy_limit_s:g} s.",
+                "Wait for it or end it (`fuser` names it), or use another folder.",
+            )
+        return StudyError(f"The measurements in {self.path} cannot be {action}: {error}.")
 
     def _prepare(self) -> None:
-        with closing(sqlite3.connect(self.path, timeout=_BUSY_LIMIT_S)) as connection:
+        with closing(self._connect()) as connection:
             # Raises for a file that is no database, and for one whose pages do not fit together.
             problems = connection.execute("PRAGMA quick_check").fetchone()[0]
             if problems != "ok":
@@ -151,7 +171,9 @@ class MeasurementStore:
                 connection.execute("BEGIN IMMEDIATE")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-                if version != SCHEMA_VERSION and (version or tables):
+                if version == 1:
+                    _fill_settings(connection)
+                elif version != SCHEMA_VERSION and (version or tables):
                     raise StudyError(
                         f"{self.path} holds measurements of schema version {version}, not {SCHEMA_VERSION}.",
                         "Use the release that wrote them, or another folder.",
@@ -166,12 +188,24 @@ class MeasurementStore:
             target = self.path.with_name(f"{self.path.name}.corrupt-{number}")
             number += 1
         self.path.replace(target)
-        for ending in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
+        # The newest rows may be in the journal alone: it goes along, for whoever repairs the file.
+        with contextlib.suppress(FileNotFoundError):
+            self.path.with_name(f"{self.path.name}-wal").replace(f"{target}-wal")
+        self.path.with_name(f"{self.path.name}-shm").unlink(missing_ok=True)
         warnings.warn(
             f"The measurements in {self.path} are damaged ({error}); they were moved to {target}.",
             stacklevel=3,
         )
+
+
+def _fill_settings(connection: sqlite3.Connection) -> None:
+    """Add the defaults of newer settings to rows of version 1, so that they are found by today's settings.
+
+    Releases that know version 1 only could not read what is written from here on: the file's version rises.
+    """
+    for (old,) in connection.execute("SELECT DISTINCT settings FROM measurements").fetchall():
+        new = _canonical(MeasurementSettings.from_dict(json.loads(old)).to_dict())
+        connection.execute("UPDATE measurements SET settings = ? WHERE settings = ?", (new, old))
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.rpc.address import Tracker
-from tvm_compress.rpc.clock import ClockSession, Timing
+from tvm_compress.rpc.clock import ClockSession, Timing, results_of, rounds
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
     Candidate,
@@ -123,7 +123,7 @@ class TrackerSession(ClockSession):
         self._avoid: list[str] = []
         # The list and not the session, which could not be forgotten if it were a part of itself.
         avoid = self._avoid
-        super().__init__(settings, lambda: device.start(settings.threads, avoid))
+        super().__init__(settings, lambda: device.start(settings.threads, avoid), device.name)
 
     @property
     def board(self) -> str:
@@ -162,7 +162,7 @@ class TrackerSession(ClockSession):
             # Without its traceback, which keeps the board's objects and with them the session alive.
             return None, DeviceFailedError(error.kind, error.message, error.hint)
 
-    def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
+    def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; after a failure the others are measured anew, together on one board."""
         results: dict[str, LatencyResult] = {}
         while missing := [name for name in candidates if name not in results]:
@@ -171,14 +171,11 @@ class TrackerSession(ClockSession):
             def sample(missing: list[str] = missing) -> dict[str, LatencyResult]:
                 nonlocal culprit
                 timings = {name: Timing(self._prepared(*candidates[name]), self.settings) for name in missing}
-                for _ in range(self.settings.repeat):
+                for _ in rounds(timings, self.settings):
                     for name, timing in timings.items():
                         culprit = name
                         timing.take_sample()
-                return {
-                    name: LatencyResult.from_samples(timing.samples, "seconds", self.settings)
-                    for name, timing in timings.items()
-                }
+                return results_of(timings, self.settings)
 
             try:
                 results |= self._twice(sample)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tvm_compress.rpc.device import DeviceFailedError, MeasurementSettings, Session
+from tvm_compress.rpc.health import read_health
 from tvm_compress.rpc.program import Program
 from tvm_compress.rpc.worker import Worker
 
@@ -38,6 +40,13 @@ class WorkerSession(Session):
         except DeviceFailedError:
             worker.close()
             raise
+
+    def health(self) -> dict[str, Any]:
+        """See `Session.health`; the worker reads it, where it can."""
+        try:
+            return read_health(self._ready_worker(), self.settings.timeout_s)
+        except (DeviceFailedError, ValueError):
+            return {}
 
     def _ready_worker(self) -> Worker:
         if self._worker is None or not self._worker.alive:

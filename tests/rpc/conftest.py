@@ -100,6 +100,26 @@ class Kernels:
         a[0] = T.call_extern("int32", "raise", 11)
 
 
+@I.ir_module
+class Vector:
+    @R.function
+    def main(x: R.Tensor((65536,), "float32")) -> R.Tensor((65536,), "float32"):
+        with R.dataflow():
+            out = R.nn.relu(x)
+            R.output(out)
+        return out
+
+
+@I.ir_module
+class VectorKernels:
+    @T.prim_func
+    def twice(a: T.Buffer((65536,), "float32"), b: T.Buffer((65536,), "float32")):
+        T.func_attr({"global_symbol": "twice"})
+        for i in range(8192):
+            for j in T.vectorized(8):
+                b[i * 8 + j] = a[i * 8 + j] * T.float32(2)
+
+
 def failing(function: str, *args: int) -> tvm.IRModule:
     """Make a module whose kernel calls a function of the C library that does not come back."""
 
@@ -126,7 +146,13 @@ def _module(name: str) -> tvm.IRModule:
         return failing("raise", 11)
     if name == "hang":
         return failing("pause")
-    return {"layers": Layers, "two_outputs": TwoOutputs, "kernels": Kernels}[name]
+    return {
+        "layers": Layers,
+        "two_outputs": TwoOutputs,
+        "kernels": Kernels,
+        "vector": Vector,
+        "vector_kernels": VectorKernels,
+    }[name]
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +164,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         path = folder / f"{name}-{device}.so"
         if not path.exists():
             target = tvm.target.Target(TARGETS[device])
-            make = tvm.compile if name == "kernels" else relax.build
+            make = tvm.compile if name.endswith("kernels") else relax.build
             make(_module(name), target=target).export_library(
                 str(path), fcompile=export_fcompile(TRIPLES[device])
             )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tvm_compress.errors import SettingError
-from tvm_compress.rpc.device import ERROR_KINDS, UNITS, LatencyResult, MeasurementSettings
+from tvm_compress.rpc.device import (
+    ERROR_KINDS,
+    STOPPED_BY,
+    UNITS,
+    LatencyResult,
+    MeasurementSettings,
+)
 
 finite = st.floats(min_value=1e-9, max_value=1e12)
 settings_values = st.builds(
@@ -21,15 +28,24 @@ settings_values = st.builds(
     cooldown_ms=st.floats(0, 1e3),
     timeout_s=finite,
     threads=st.integers(1, 8),
+    cache_flush=st.booleans() | st.integers(1 << 16, 1 << 30),
+    max_spread=st.none() | st.floats(1e-6, 0.5),
+    max_repeat=st.integers(9, 99),
 )
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
 @given(
-    settings=settings_values, samples=st.lists(finite, min_size=1, max_size=9), unit=st.sampled_from(UNITS)
+    settings=settings_values,
+    samples=st.lists(finite, min_size=1, max_size=9),
+    unit=st.sampled_from(UNITS),
+    stopped_by=st.sampled_from(STOPPED_BY),
 )
-def test_results_survive_json(settings, samples, unit):
-    result = LatencyResult.from_samples(samples, unit, settings, {"conv": 1.5}, {"instructions": 3})
+def test_results_survive_json(settings, samples, unit, stopped_by):
+    result = LatencyResult.from_samples(
+        samples, unit, settings, {"conv": 1.5}, {"instructions": 3}, stopped_by
+    )
+    result = replace(result, health={"before": {"clock_mhz": 600.0}, "warnings": ["it is hot"]})
     text = json.dumps(result.to_dict(), allow_nan=False)
     assert LatencyResult.from_dict(json.loads(text)) == result
     assert min(samples) <= result.value <= max(samples)
@@ -64,6 +80,14 @@ def test_median_and_spread():
         ("cooldown_ms", math.nan),
         ("timeout_s", 0.0),
         ("timeout_s", math.inf),
+        ("cache_flush", 1),
+        ("cache_flush", 0),
+        ("cache_flush", 1e6),
+        ("cache_flush", (1 << 30) + 1),
+        ("max_spread", 0.0),
+        ("max_spread", 1.0),
+        ("max_spread", math.nan),
+        ("max_repeat", 0),
     ],
 )
 def test_impossible_settings_are_named(name, value):
@@ -79,5 +103,25 @@ def test_unknown_fields_units_and_kinds_are_refused():
         LatencyResult.from_dict(values | {"unit": "hours"})
     with pytest.raises(SettingError, match="'bored'"):
         LatencyResult.from_dict(values | {"error": ["bored", ""]})
+    with pytest.raises(SettingError, match="'boredom'"):
+        LatencyResult.from_dict(values | {"stopped_by": "boredom"})
     with pytest.raises(SettingError, match="'speed'"):
         MeasurementSettings.from_dict({"speed": 1})
+
+
+def test_the_limit_of_rounds_is_not_below_their_number():
+    assert MeasurementSettings(repeat=200).max_spread is None
+    with pytest.raises(SettingError, match="`max_repeat` must be at least `repeat` \\(200\\), not 100"):
+        MeasurementSettings(repeat=200, max_spread=0.02)
+
+
+def test_results_of_earlier_releases_are_read():
+    settings = {"warmup": 3, "number": 1, "repeat": 2, "min_repeat_ms": 20.0, "cooldown_ms": 0.0}
+    settings |= {"timeout_s": 60.0, "threads": 1}
+    old = {"value": 1.5, "unit": "seconds", "samples": [1.0, 2.0], "spread": 0.5, "settings": settings}
+    old |= {"kernels": {}, "counters": {}, "error": None}
+    read = LatencyResult.from_dict(old)
+    assert read == LatencyResult.from_samples([1.0, 2.0], "seconds", MeasurementSettings(warmup=3, repeat=2))
+    assert (read.stopped_by, read.health) == ("repeat", {})
+    failed = old | {"value": None, "spread": None, "samples": [], "error": ["crash", "it fell"]}
+    assert LatencyResult.from_dict(failed).stopped_by is None

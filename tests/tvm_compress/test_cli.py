@@ -193,3 +193,18 @@ def test_compress_compile_verify_run_benchmark(capsys: pytest.CaptureFixture[str
     timed = call("benchmark", artifact, "--against", dense, "--repeat", "3", "--min-repeat-ms", "1")
     assert timed["ratio"] > 0
     assert {r["unit"] for r in timed["results"].values()} == {"seconds"}
+    assert timed["ratio"] == pytest.approx(
+        np.median(np.divide(*(timed["results"][name]["samples"] for name in ("this", "against"))))
+    )
+    quick = ["--repeat", "3", "--min-repeat-ms", "0", "--max-spread", "1e-9", "--max-repeat", "5"]
+    timed = call("benchmark", artifact, "--against", dense, *quick, "--cache-flush-bytes", "1048576")
+    for result in timed["results"].values():
+        assert (len(result["samples"]), result["stopped_by"]) == (5, "limit")
+        assert result["counters"]["cache_flush_bytes"] == 1 << 20
+        assert result["settings"]["max_spread"] == 1e-9
+        assert result["health"]["after"]["load_average"] >= 0
+    assert main(["benchmark", artifact, "--against", artifact, *quick, "--cache-flush"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(" ms │") == 4
+    for words in ("MAD / median", "after 5 samples, the limit", "caches flushed before each call", "load"):
+        assert words in printed

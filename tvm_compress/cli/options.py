@@ -29,6 +29,46 @@ DeviceOption = Annotated[
     str, typer.Option("--device", help="local, emulated-a72, tracker://HOST:PORT/KEY or ssh://USER@HOST.")
 ]
 ThreadsOption = Annotated[int, typer.Option(help="Threads on the device.")]
+RepeatOption = Annotated[
+    int, typer.Option(help="Samples; the median is reported.", rich_help_panel="Measurement")
+]
+WarmupOption = Annotated[int, typer.Option(help="Untimed calls before.", rich_help_panel="Measurement")]
+NumberOption = Annotated[int, typer.Option(help="Calls per sample.", rich_help_panel="Measurement")]
+MinRepeatOption = Annotated[
+    float,
+    typer.Option(
+        help="Calls are added until a sample takes so long; not with --cache-flush.",
+        rich_help_panel="Measurement",
+    ),
+]
+CooldownOption = Annotated[
+    float, typer.Option(help="Pause after each sample.", rich_help_panel="Measurement")
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(help="Seconds that a single call to the device may take.", rich_help_panel="Measurement"),
+]
+MaxSpreadOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Take samples until their MAD is at most this part of the median, such as 0.02.",
+        rich_help_panel="Measurement",
+    ),
+]
+MaxRepeatOption = Annotated[
+    int, typer.Option(help="The most samples that --max-spread may lead to.", rich_help_panel="Measurement")
+]
+CacheFlushOption = Annotated[
+    bool,
+    typer.Option("--cache-flush", help="Flush the caches before each call.", rich_help_panel="Measurement"),
+]
+FlushBytesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes to walk for that; by default twice the device's last cache.",
+        rich_help_panel="Measurement",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 TargetOption = Annotated[
     str, typer.Option("--target", help='host, raspberry-pi/4b-aarch64, or "llvm -mcpu=...".')

@@ -1,5 +1,7 @@
 """`tvm-compress verify`, `run` and `benchmark`: an artifact on a device."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,22 +12,34 @@ from tvm_compress.artifact import Artifact
 from tvm_compress.cli.load import model_and_data
 from tvm_compress.cli.options import (
     ArtifactArgument,
+    CacheFlushOption,
+    CooldownOption,
     DataOption,
     DebugOption,
     DeviceOption,
+    FlushBytesOption,
     JsonOption,
     LayoutOption,
+    MaxRepeatOption,
+    MaxSpreadOption,
     MeanOption,
+    MinRepeatOption,
+    NumberOption,
+    RepeatOption,
     SplitSeedOption,
     StdOption,
     ThreadsOption,
+    TimeoutOption,
+    WarmupOption,
 )
 from tvm_compress.cli.output import print_json, print_lines, print_table
 from tvm_compress.compression import twin_logits
 from tvm_compress.data.images import read_images
 from tvm_compress.errors import ArtifactError, DeviceError
 from tvm_compress.report.html import format_latency
-from tvm_compress.rpc.device import MeasurementSettings, open_device
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, open_device
+from tvm_compress.rpc.health import HealthWarning, describe_health
+from tvm_compress.rpc.measure import latency_ratio
 
 
 def verify(
@@ -114,26 +128,49 @@ def benchmark(
     ] = None,
     device: DeviceOption = "local",
     threads: ThreadsOption = 1,
-    repeat: Annotated[int, typer.Option(help="Samples; the median is reported.")] = 30,
-    warmup: Annotated[int, typer.Option(help="Untimed calls before.")] = 3,
-    min_repeat_ms: Annotated[float, typer.Option(help="A sample takes at least so long.")] = 20.0,
+    repeat: RepeatOption = 30,
+    warmup: WarmupOption = 3,
+    number: NumberOption = 1,
+    min_repeat_ms: MinRepeatOption = 20.0,
+    cooldown_ms: CooldownOption = 0.0,
+    timeout_s: TimeoutOption = 60.0,
+    max_spread: MaxSpreadOption = None,
+    max_repeat: MaxRepeatOption = 100,
+    cache_flush: CacheFlushOption = False,
+    cache_flush_bytes: FlushBytesOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Time an artifact on a device."""
-    settings = MeasurementSettings(warmup=warmup, repeat=repeat, min_repeat_ms=min_repeat_ms, threads=threads)
+    settings = MeasurementSettings(
+        warmup=warmup,
+        number=number,
+        repeat=repeat,
+        min_repeat_ms=min_repeat_ms,
+        cooldown_ms=cooldown_ms,
+        timeout_s=timeout_s,
+        threads=threads,
+        cache_flush=cache_flush if cache_flush_bytes is None else cache_flush_bytes,
+        max_spread=max_spread,
+        max_repeat=max_repeat,
+    )
     others = {} if against is None else {"against": Artifact.load(against)}
     opened = open_device(device, threads=threads)
-    results = Artifact.load(artifact).benchmark(opened, others, settings)
+    with warnings.catch_warnings():
+        # They are in the results, and printed from there.
+        warnings.simplefilter("ignore", HealthWarning)
+        results = Artifact.load(artifact).benchmark(opened, others, settings)
+    paths = {name: artifact if name == "this" else against for name in results}
     for name, result in results.items():
         if result.error is not None:
-            path = artifact if name == "this" else against
-            raise DeviceError(f"Timing {path} failed on {device}: {result.error[0]}, {result.error[1]}.")
+            raise DeviceError(
+                f"Timing {paths[name]} failed on {device}: {result.error[0]}, {result.error[1]}."
+            )
     ratio = None
     if against is not None:
-        if not results["against"].value > 0:
+        if not min(results["against"].samples) > 0:
             raise ArtifactError(f"{against} took no time; there is nothing to compare with.")
-        ratio = results["this"].value / results["against"].value
+        ratio = latency_ratio(results["this"], results["against"])
     if as_json:
         print_json(
             {
@@ -144,15 +181,44 @@ def benchmark(
             }
         )
         return
+    _print_latencies(device, [(str(paths[name]), result) for name, result in results.items()], ratio)
+
+
+def _print_latencies(device: str, results: Sequence[tuple[str, LatencyResult]], ratio: float | None) -> None:
+    """Table of what was timed together, then why it stopped, the state of the device, and what is wrong."""
     rows = [
         (
-            str(artifact if name == "this" else against),
+            path,
             format_latency(result.value, result.unit),
             format_latency(result.spread, result.unit),
+            f"{100 * result.spread / result.value:.1f} %" if result.value > 0 else "-",
             str(len(result.samples)),
         )
-        for name, result in results.items()
+        for path, result in results
     ]
-    print_table(f"latency on {device}, {threads} threads", ("artifact", "median", "MAD", "samples"), rows)
-    if ratio is not None:
-        print_lines([f"ratio: {ratio:.3f}"])
+    first = results[0][1]
+    title = f"latency on {device}, {first.settings.threads} threads"
+    print_table(title, ("artifact", "median", "MAD", "MAD / median", "samples"), rows)
+    lines = [] if ratio is None else [f"ratio: {ratio:.3f} (median of the ratios within each round)"]
+    lines.append(f"stopped: {_why_stopped(first)}")
+    if "cache_flush_bytes" in first.counters:
+        lines.append(f"caches flushed before each call: {first.counters['cache_flush_bytes'] / 2**20:g} MiB")
+    for when in ("before", "after"):
+        told = describe_health(first.health.get(when, {}))
+        lines += [f"device {when}: {told}"] if told else []
+    lines += [f"warning: {text}" for text in first.health.get("warnings", [])]
+    print_lines(lines)
+
+
+def _why_stopped(result: LatencyResult) -> str:
+    settings = result.settings
+    if result.unit == "estimated_cycles":
+        return "counts repeat to the bit, one sample each"
+    if result.stopped_by == "repeat" or settings.max_spread is None:
+        return f"after the {settings.repeat} samples asked for"
+    if result.stopped_by == "spread":
+        return f"the spread of each is at most {100 * settings.max_spread:g} % of its median"
+    return (
+        f"after {settings.max_repeat} samples, the limit: a spread is still above "
+        f"{100 * settings.max_spread:g} % of its median"
+    )
