@@ -97,6 +97,8 @@ class LatencyResult:
         The part of the value spent in each kernel, by the name of its function, where it is known.
     counters
         Whatever else the device counted, such as "instructions".
+    breakdown
+        By kernel, what its part of the value is made of, by name, where it is known.
     error
         None, or (kind, text) of the failure; the text says what happened, in words for a person.
     """
@@ -108,6 +110,7 @@ class LatencyResult:
     settings: MeasurementSettings
     kernels: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     error: tuple[ErrorKind, str] | None = None
 
     @property
@@ -168,6 +171,8 @@ class LatencyResult:
             settings=MeasurementSettings.from_dict(values["settings"]),
             kernels=dict(values.get("kernels", {})),
             counters=dict(values.get("counters", {})),
+            # Not in the rows of earlier releases.
+            breakdown={name: dict(part) for name, part in values.get("breakdown", {}).items()},
             error=None if error is None else (error[0], error[1]),
         )
 
@@ -256,6 +261,8 @@ class Device(ABC):
     unit: Unit
     #: The LLVM triple of the libraries that it runs, or "" for the host's own.
     target_triple: str = ""
+    #: How its unit is defined, where that may change: figures of two definitions are not compared.
+    definition: str = ""
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

@@ -254,9 +254,12 @@ class Worker:
             content = bytearray(library.read_bytes())
         except OSError as error:
             raise DeviceFailedError("build", f"{library} cannot be read: {error}.") from None
-        self.call(f"Sending {library.name}", limit, self.remote.upload, content, name)
+        self.call(f"Sending {library.name}", limit, self._send, content, name)
         with as_build_error("Was it built for this device's target?"):
             return self.call(f"Loading {library.name}", limit, load), name
+
+    def _send(self, content: bytearray, name: str) -> None:
+        self.remote.upload(content, name)
 
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """Copy an array to the device; to be called within `call`."""

@@ -1,5 +1,6 @@
 """Settings and results check themselves and survive JSON."""
 
+import dataclasses
 import json
 import math
 
@@ -30,6 +31,7 @@ settings_values = st.builds(
 )
 def test_results_survive_json(settings, samples, unit):
     result = LatencyResult.from_samples(samples, unit, settings, {"conv": 1.5}, {"instructions": 3})
+    result = dataclasses.replace(result, breakdown={"conv": {"l1_misses": 3, "cycles": 1.5}})
     text = json.dumps(result.to_dict(), allow_nan=False)
     assert LatencyResult.from_dict(json.loads(text)) == result
     assert min(samples) <= result.value <= max(samples)
@@ -81,3 +83,10 @@ def test_unknown_fields_units_and_kinds_are_refused():
         LatencyResult.from_dict(values | {"error": ["bored", ""]})
     with pytest.raises(SettingError, match="'speed'"):
         MeasurementSettings.from_dict({"speed": 1})
+
+
+def test_results_of_earlier_releases_can_be_read():
+    result = LatencyResult.from_samples([1.0], "estimated_cycles", MeasurementSettings(), {"conv": 1.0})
+    values = result.to_dict()
+    del values["breakdown"]
+    assert LatencyResult.from_dict(values) == result

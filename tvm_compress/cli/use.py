@@ -25,7 +25,7 @@ from tvm_compress.compression import twin_logits
 from tvm_compress.data.images import read_images
 from tvm_compress.errors import ArtifactError, DeviceError
 from tvm_compress.report.html import format_latency
-from tvm_compress.rpc.device import MeasurementSettings, open_device
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, open_device
 
 
 def verify(
@@ -156,3 +156,16 @@ def benchmark(
     print_table(f"latency on {device}, {threads} threads", ("artifact", "median", "MAD", "samples"), rows)
     if ratio is not None:
         print_lines([f"ratio: {ratio:.3f}"])
+    if results["this"].breakdown:
+        _print_breakdown(artifact, results["this"])
+
+
+def _print_breakdown(artifact: Path, result: LatencyResult) -> None:
+    """Print what each kernel costs, the dearest first; in lines, as kernels have long names."""
+    kernels = sorted(result.breakdown.items(), key=lambda item: (-item[1].get("cycles", 0.0), item[0]))
+    columns = list(dict.fromkeys(column for _, part in kernels for column in part))
+    titles = [column.replace("_", " ").replace("l1", "L1").replace("l2", "L2") for column in columns]
+    lines = ["", f"kernels of {artifact}", "  ".join([*(f"{title:>14}" for title in titles), "kernel"])]
+    for name, part in kernels:
+        lines.append("  ".join([*(f"{part.get(column, 0.0):>14,.0f}" for column in columns), name]))
+    print_lines(lines)

@@ -220,11 +220,15 @@ class LatencyMeter:
         return self._session
 
     def _stored(self, key: str, settings: MeasurementSettings | None = None) -> LatencyResult | None:
-        found = self._store.get(key, self.device.name, self.device.unit, settings or self._settings)
+        found = self._store.get(key, self._stored_as, self.device.unit, settings or self._settings)
         return found if found is not None and found.ok else None
 
+    @property
+    def _stored_as(self) -> str:
+        return f"{self.device.name} {self.device.definition}".rstrip()
+
     def _put(self, key: str, result: LatencyResult, provenance: Mapping[str, Any]) -> None:
-        self._store.put(key, self.device.name, result, {**self.device.describe(), **provenance})
+        self._store.put(key, self._stored_as, result, {**self.device.describe(), **provenance})
 
 
 def _failure(device: Device, result: LatencyResult) -> DeviceError:
