@@ -1,10 +1,14 @@
-"""Estimated Cortex-A72 cycles of one inference: executed counts times what llvm-mca says of each block.
+"""Estimated Cortex-A72 cycles of one inference: what its instructions take, or its memory, whichever is more.
+
+Compute cycles are executed counts times what llvm-mca says of each block; memory cycles are the misses of an
+emulated data cache times what a line costs. A kernel takes the larger of the two: the core works on while
+lines are fetched ahead of it.
 
 This is an estimate, not a latency, and no board has confirmed it. LLVM schedules the Cortex-A72 by its model
 of the Cortex-A57, and llvm-mca assumes that every load hits the first cache and every branch is predicted.
 Only code inside of the library counts: calls out of it, such as `expf` or `memcpy`, and TVM's virtual machine
-are free. The same library and inputs give the same figure to the bit, because counts are exact and llvm-mca
-computes in integers.
+are free. The same library and inputs give the same figure to the bit, because counts are exact, addresses of
+the caches depend on the order of accesses only, and llvm-mca computes in integers.
 """
 
 from __future__ import annotations
@@ -32,6 +36,11 @@ COVERAGE = 0.999
 UNCOVERED_RATE = 1
 #: A block is repeated until about this many instructions, within the limits, so that its steady state shows.
 _SIMULATED_INSTRUCTIONS, _FEWEST_ITERATIONS, _MOST_ITERATIONS = 10_000, 10, 100
+#: Cycles that a line of 64 bytes takes from the second cache into the first, and what it takes longer from
+#: memory. Both are assumed, as bandwidths and not as latencies, for the core's prefetcher runs ahead: 8 bytes
+#: a cycle, and 24 cycles in all, which is 4 GB/s at 1.5 GHz (STREAM on a Raspberry Pi 4 finds 4.8 to 5.6).
+L1_MISS_CYCLES = 8
+L2_MISS_CYCLES = 16
 _LLVM_FLAGS = ("-mcpu=cortex-a72", "-mattr=+neon")
 _TOOL_LIMIT_S = 300.0
 
@@ -61,36 +70,98 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What the counting plugin saw of each instruction of a library: int64 [instructions] each.
+
+    Parameters
+    ----------
+    executed
+        How often it ran.
+    l1_misses, l2_misses
+        Lines that it had to fetch into the first cache, and those of them that were not in the second.
+    """
+
+    executed: np.ndarray
+    l1_misses: np.ndarray
+    l2_misses: np.ndarray
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """What one kernel costs in one inference, over all its calls.
+
+    Parameters
+    ----------
+    instructions
+        Executed instructions.
+    compute_cycles
+        What they take if all data is in the first cache.
+    l1_misses, l2_misses
+        See `Counts`.
+    """
+
+    instructions: int
+    compute_cycles: Fraction
+    l1_misses: int
+    l2_misses: int
+
+    @property
+    def memory_cycles(self) -> int:
+        """What fetching the data takes."""
+        return L1_MISS_CYCLES * self.l1_misses + L2_MISS_CYCLES * self.l2_misses
+
+    @property
+    def cycles(self) -> Fraction:
+        """The larger of the two."""
+        return max(self.compute_cycles, Fraction(self.memory_cycles))
+
+    def to_dict(self) -> dict[str, float]:
+        """Give all figures by name."""
+        return {
+            "cycles": float(self.cycles),
+            "instructions": self.instructions,
+            "compute_cycles": float(self.compute_cycles),
+            "l1_misses": self.l1_misses,
+            "l2_misses": self.l2_misses,
+            "memory_cycles": self.memory_cycles,
+        }
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one inference costs.
 
     Parameters
     ----------
-    cycles
-        Estimated Cortex-A72 cycles.
-    instructions
-        Executed instructions.
-    covered
-        Those of them that llvm-mca saw.
     kernels
-        Estimated cycles by kernel; they sum to `cycles`.
+        By kernel.
+    covered
+        Executed instructions that llvm-mca saw.
     """
 
-    cycles: float
-    instructions: int
+    kernels: dict[str, KernelCost]
     covered: int
-    kernels: dict[str, float]
+
+    @property
+    def cycles(self) -> float:
+        """Estimated Cortex-A72 cycles."""
+        # Exact until here, so that the order of summing cannot show.
+        return float(sum((kernel.cycles for kernel in self.kernels.values()), Fraction(0)))
+
+    def total(self, name: str) -> int:
+        """Sum of a whole number over all kernels, such as "l1_misses"."""
+        return sum(getattr(kernel, name) for kernel in self.kernels.values())
 
 
-def read_counts(path: Path, code: Code, base: int) -> np.ndarray:
-    """Read what the counting plugin wrote: int64 [instructions of `code`], how often each one ran.
+def read_counts(path: Path, code: Code, base: int) -> Counts:
+    """Read what the counting plugin wrote.
 
     Parameters
     ----------
     path
         The plugin's file.
     code
-        The library whose blocks count; all others are passed over.
+        The library that counts; all else is passed over.
     base
         Where the library was loaded.
 
@@ -105,13 +176,19 @@ def read_counts(path: Path, code: Code, base: int) -> np.ndarray:
         raise DeviceError(f"The emulator wrote no counts: {error}.") from None
     if lines[-2:] != ["END", ""]:
         raise DeviceError(f"The emulator's counts in {path.name} are incomplete.", "Is the disk full?")
-    counts = np.zeros(len(code.words), dtype=np.int64)
+    size = len(code.words)
+    executed, l1_misses, l2_misses = (np.zeros(size, dtype=np.int64) for _ in range(3))
     for line in lines[:-2]:
-        address, length, count = line.split()
+        kind, address, *numbers = line.split()
         first = (int(address, 16) - base - code.start) // 4
-        if 0 <= first < len(counts):
-            counts[first : first + int(length)] += int(count)
-    return counts
+        if not 0 <= first < size:
+            continue
+        if kind == "block":
+            executed[first : first + int(numbers[0])] += int(numbers[1])
+        else:
+            l1_misses[first] += int(numbers[0])
+            l2_misses[first] += int(numbers[1])
+    return Counts(executed, l1_misses, l2_misses)
 
 
 def split_blocks(code: Code, counts: np.ndarray) -> list[Block]:
@@ -143,32 +220,43 @@ def _is_branch(words: np.ndarray) -> np.ndarray:
     )
 
 
-def estimate(code: Code, counts: np.ndarray, model: BlockModel) -> Cost:
-    """Sum the cycles of all executed blocks, in all and per kernel.
+def estimate(code: Code, counts: Counts, model: BlockModel) -> Cost:
+    """Sum the cycles of all executed blocks and the misses of all instructions, per kernel.
 
     Parameters
     ----------
     code
         The library.
     counts
-        int64 [instructions], from `read_counts`.
+        From `read_counts`.
     model
         Gives the cycles of blocks.
     """
     by_kernel: dict[str, list[Block]] = {}
-    for block in split_blocks(code, counts):
+    for block in split_blocks(code, counts.executed):
         by_kernel.setdefault(code.owner(block.address), []).append(block)
     hot = {name: _hottest(blocks) for name, blocks in by_kernel.items()}
     cycles = model.cycles({block.words for blocks in hot.values() for block in blocks})
-    instructions = sum(block.instructions for blocks in by_kernel.values() for block in blocks)
-    covered = sum(block.instructions for blocks in hot.values() for block in blocks)
-    kernels: dict[str, Fraction] = {}
+    missed = _misses_by_kernel(code, counts)
+    kernels, covered = {}, 0
     for name, blocks in sorted(by_kernel.items()):
-        rest = sum(b.instructions for b in blocks) - sum(b.instructions for b in hot[name])
-        kernels[name] = sum((b.count * cycles[b.words] for b in hot[name]), Fraction(UNCOVERED_RATE * rest))
-    # Exact until here, so that the order of summing cannot show.
-    total = sum(kernels.values(), Fraction(0))
-    return Cost(float(total), instructions, covered, {name: float(value) for name, value in kernels.items()})
+        instructions = sum(block.instructions for block in blocks)
+        simulated = sum(block.instructions for block in hot[name])
+        rest = Fraction(UNCOVERED_RATE * (instructions - simulated))
+        compute = sum((block.count * cycles[block.words] for block in hot[name]), rest)
+        kernels[name] = KernelCost(instructions, compute, *missed.get(name, (0, 0)))
+        covered += simulated
+    return Cost(kernels, covered)
+
+
+def _misses_by_kernel(code: Code, counts: Counts) -> dict[str, tuple[int, int]]:
+    """Misses of the first and of the second cache by the kernel whose instructions had them."""
+    found: dict[str, tuple[int, int]] = {}
+    for index in np.flatnonzero(counts.l1_misses):
+        name = code.owner(code.start + 4 * int(index))
+        l1, l2 = found.get(name, (0, 0))
+        found[name] = (l1 + int(counts.l1_misses[index]), l2 + int(counts.l2_misses[index]))
+    return found
 
 
 def _hottest(blocks: Sequence[Block]) -> list[Block]:
@@ -194,6 +282,13 @@ class BlockModel:
     directory
         Where the results are kept, in a file named after the tools' version.
 
+    Attributes
+    ----------
+    path
+        That file; its name stands for the tools and for all settings.
+    version
+        Of the tools.
+
     Raises
     ------
     DeviceError
@@ -208,7 +303,7 @@ class BlockModel:
         rules = repr(
             (self.version, _LLVM_FLAGS, _SIMULATED_INSTRUCTIONS, _FEWEST_ITERATIONS, _MOST_ITERATIONS)
         )
-        self._path = directory / f"blocks-{hashlib.sha256(rules.encode()).hexdigest()[:16]}.sqlite"
+        self.path = directory / f"blocks-{hashlib.sha256(rules.encode()).hexdigest()[:16]}.sqlite"
         directory.mkdir(parents=True, exist_ok=True)
 
     def cycles(self, blocks: Iterable[bytes]) -> dict[bytes, Fraction]:
@@ -225,7 +320,7 @@ class BlockModel:
         return {block: self._known[block] for block in wanted}
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=30.0)
+        connection = sqlite3.connect(self.path, timeout=30.0)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(
             "CREATE TABLE IF NOT EXISTS blocks (words BLOB PRIMARY KEY, cycles INTEGER, iterations INTEGER)"
@@ -244,7 +339,7 @@ class BlockModel:
         except sqlite3.OperationalError:
             return {}  # in use for too long, or no room: what is stored only saves time
         except sqlite3.DatabaseError:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             return {}
         return found
 

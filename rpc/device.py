@@ -138,6 +138,8 @@ class LatencyResult:
     counters
         Whatever else the device counted, such as "instructions"; of a clock, "calls_per_sample" and, where
         caches were flushed, "cache_flush_bytes".
+    breakdown
+        By kernel, what its part of the value is made of, by name, where it is known.
     error
         None, or (kind, text) of the failure; the text says what happened, in words for a person.
     stopped_by
@@ -154,6 +156,7 @@ class LatencyResult:
     settings: MeasurementSettings
     kernels: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     error: tuple[ErrorKind, str] | None = None
     stopped_by: StoppedBy | None = "repeat"
     health: dict[str, Any] = field(default_factory=dict)
@@ -226,6 +229,8 @@ class LatencyResult:
             settings=MeasurementSettings.from_dict(values["settings"]),
             kernels=dict(values.get("kernels", {})),
             counters=dict(values.get("counters", {})),
+            # Not in the rows of earlier releases.
+            breakdown={name: dict(part) for name, part in values.get("breakdown", {}).items()},
             error=None if error is None else (error[0], error[1]),
             stopped_by=stopped_by,
             health=dict(values.get("health", {})),
@@ -332,9 +337,16 @@ class Device(ABC):
     unit: Unit
     #: The LLVM triple of the libraries that it runs, or "" for the host's own.
     target_triple: str = ""
+    #: How its unit is defined, where that may change: figures of two definitions are not compared.
+    definition: str = ""
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
+
+    @property
+    def stored_as(self) -> str:
+        """Name that its figures are kept under."""
+        return f"{self.name} {self.definition}".rstrip()
 
     @abstractmethod
     def open(self, settings: MeasurementSettings | None = None) -> Session:

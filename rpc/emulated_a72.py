@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.errors import DeviceError, SettingError
-from tvm_compress.rpc.cost_a72 import BlockModel, estimate, read_counts
+from tvm_compress.rpc.cost_a72 import (
+    L1_MISS_CYCLES,
+    L2_MISS_CYCLES,
+    BlockModel,
+    Cost,
+    estimate,
+    read_counts,
+)
 from tvm_compress.rpc.device import (
     ArgumentSpecs,
     Candidate,
@@ -25,6 +33,7 @@ from tvm_compress.rpc.device import (
 )
 from tvm_compress.rpc.elf import Code, read_code
 from tvm_compress.rpc.emulation_kit import SYSROOT, EmulationKit, prepare
+from tvm_compress.rpc.known_results import KnownResults
 from tvm_compress.rpc.program import Callee, Kernel, Program
 from tvm_compress.rpc.worker import Worker
 from tvm_compress.rpc.worker_session import WorkerSession
@@ -39,6 +48,13 @@ class EmulatedA72(Device):
 
     Its unit is "estimated_cycles" (see `cost_a72`), never seconds: how long emulation takes says nothing.
 
+    Parameters
+    ----------
+    threads
+        Only 1.
+    remember
+        Whether figures are kept on disk, and taken from there where the same library was counted before.
+
     Raises
     ------
     SettingError
@@ -48,14 +64,17 @@ class EmulatedA72(Device):
     name = "emulated-a72"
     unit = "estimated_cycles"
     target_triple = "aarch64-linux-gnu"
+    definition = f"max(compute, memory of {L1_MISS_CYCLES} + {L2_MISS_CYCLES} cycles a line)"
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, remember: bool = True) -> None:
         _check_threads(threads)
         super().__init__(threads)
+        self._remember = remember
 
     def open(self, settings: MeasurementSettings | None = None) -> Session:
         """See `Device.open`; the first use fetches and compiles its parts (see `emulation_kit.prepare`)."""
-        return EmulatedSession(self._settings(settings), prepare())
+        kit = prepare()
+        return EmulatedSession(self._settings(settings), kit, _known_results(kit) if self._remember else None)
 
     def describe(self) -> dict[str, Any]:
         """Name the emulated core and the tools that its figures come from."""
@@ -68,6 +87,8 @@ class EmulatedA72(Device):
             "threads": self.threads,
             "qemu": kit.qemu_version,
             "llvm_mca": _block_model(kit).version,
+            "caches": "L1D 32 KB 2-way, L2 1 MB 16-way, 64-byte lines, LRU, warm",
+            "definition": self.definition,
             "tvm": tvm.__version__,
             "tvm_ffi": tvm_ffi.__version__,
         }
@@ -76,11 +97,14 @@ class EmulatedA72(Device):
 class EmulatedSession(WorkerSession):
     """Counts what libraries execute; `warmup`, `number`, `repeat` and the pauses have no meaning here."""
 
-    def __init__(self, settings: MeasurementSettings, kit: EmulationKit) -> None:
+    def __init__(
+        self, settings: MeasurementSettings, kit: EmulationKit, known: KnownResults | None = None
+    ) -> None:
         _check_threads(settings.threads)
         super().__init__(settings, lambda: _start_worker(kit, counting=False))
         self._kit = kit
         self._model = _block_model(kit)
+        self._known = known
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; counts do not drift, so each is measured once."""
@@ -90,11 +114,14 @@ class EmulatedSession(WorkerSession):
         }
 
     def _count_main(self, library: Path, inputs: Sequence[np.ndarray]) -> LatencyResult:
-        # A fresh process each, so that no figure can depend on what ran before it.
-        with _counting_worker(self._kit) as worker:
-            program = Program(worker, library, self.settings.timeout_s)
-            program.set_inputs(inputs)
-            return self._count(worker, program, read_code(library), 0)
+        def count() -> LatencyResult:
+            # A fresh process each, so that no figure can depend on what ran before it.
+            with _counting_worker(self._kit) as worker:
+                program = Program(worker, library, self.settings.timeout_s)
+                program.set_inputs(inputs)
+                return self._count(worker, program, read_code(library), 0)
+
+        return self._recall(library, "main", inputs, count)
 
     def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""
@@ -111,28 +138,56 @@ class EmulatedSession(WorkerSession):
                 kernel = Kernel(worker, module, file, name, kernels[name], limit)
                 return self._count(worker, kernel, code, len(results))
 
-            for name in kernels:
-                results[name] = self._as_value(lambda n=name: count(n))  # type: ignore[misc]
+            for name, specs in kernels.items():
+                what = f"kernel {name} {[(list(shape), dtype) for shape, dtype in specs]}"
+                results[name] = self._as_value(
+                    lambda n=name, w=what: self._recall(path, w, (), lambda: count(n))  # type: ignore[misc]
+                )
                 if not results[name].ok:
                     loaded.clear()
                     stack.close()
         return results
 
+    def _recall(
+        self, library: Path, what: str, inputs: Sequence[np.ndarray], count: Callable[[], LatencyResult]
+    ) -> LatencyResult:
+        """Give the figure that was found before, or find it."""
+        if self._known is None:
+            return count()
+        key = self._known.key(library, what, inputs)
+        result = self._known.get(key, self.settings)
+        if result is None:
+            result = count()
+            self._known.put(key, result)
+        return result
+
     def _count(self, worker: Worker, callee: Callee, code: Code, index: int) -> LatencyResult:
         limit = self.settings.timeout_s
         base = worker.call("Finding the code", limit, _remote(worker, "base_address"), callee.file)
         worker.call("Counting", limit, _remote(worker, "count_begin"))
+        # An inference that does not count leaves the caches as the one before leaves them on a board.
+        callee.invoke()
+        worker.call("Counting", limit, _remote(worker, "count_warm"))
         callee.invoke()
         worker.call("Counting", limit, _remote(worker, "count_end"), index)
         counts = read_counts(worker.directory / f"{_COUNTS}.{index}", code, int(base))
-        cost = estimate(code, counts, self._model)
-        return LatencyResult.from_samples(
+        return self._result(estimate(code, counts, self._model))
+
+    def _result(self, cost: Cost) -> LatencyResult:
+        result = LatencyResult.from_samples(
             [cost.cycles],
             "estimated_cycles",
             self.settings,
-            cost.kernels,
-            {"instructions": cost.instructions, "covered_instructions": cost.covered},
+            {name: float(kernel.cycles) for name, kernel in cost.kernels.items()},
+            {
+                "instructions": cost.total("instructions"),
+                "covered_instructions": cost.covered,
+                "l1_misses": cost.total("l1_misses"),
+                "l2_misses": cost.total("l2_misses"),
+            },
         )
+        breakdown = {name: kernel.to_dict() for name, kernel in cost.kernels.items()}
+        return replace(result, breakdown=breakdown)
 
     def _as_value(self, measure: Callable[[], LatencyResult]) -> LatencyResult:
         try:
@@ -160,6 +215,16 @@ def _block_model(kit: EmulationKit) -> BlockModel:
     return BlockModel(kit.mc, kit.mca, kit.cache)
 
 
+def _known_results(kit: EmulationKit) -> KnownResults:
+    tools = (
+        kit.qemu_version,
+        kit.worker.parent.name,
+        kit.runtime.parent.name,
+        str(_block_model(kit).path.name),
+    )
+    return KnownResults(kit.cache / "results", tools)
+
+
 def _check_threads(threads: int) -> None:
     if threads != 1:
         raise SettingError(f"The emulated Cortex-A72 has 1 thread, not {threads}.")
@@ -177,5 +242,15 @@ def worker_command(kit: EmulationKit, counting: bool) -> tuple[Command, dict[str
     return command, environment
 
 
+class _EmulatedWorker(Worker):
+    """A worker whose directory is at hand: bytes through its socket are copied by the emulated processor."""
+
+    def _send(self, content: bytearray, name: str) -> None:
+        try:
+            (self.directory / name).write_bytes(content)
+        except OSError as error:
+            raise DeviceFailedError("connection", f"{name} cannot be written: {error}.") from None
+
+
 def _start_worker(kit: EmulationKit, counting: bool) -> Worker:
-    return Worker(*worker_command(kit, counting), machine="aarch64")
+    return _EmulatedWorker(*worker_command(kit, counting), machine="aarch64")

@@ -19,16 +19,17 @@ import filelock
 import platformdirs
 
 from tvm_compress.errors import DeviceError
+from tvm_compress.rpc.cross_compile import ZIG_HINT, c_compiler
 
 SYSROOT = Path("/usr/aarch64-linux-gnu")
 #: What has to be there, by the Debian package that has it: commands, and files of the emulated system.
 _COMMANDS = {
     "qemu-aarch64": "qemu-user",
-    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
-    "gcc": "gcc libc6-dev",
     "llvm-mc-19": "llvm-19",
     "llvm-mca-19": "llvm-19",
 }
+#: The same of the C compilers, by processor, "" for this machine; Zig stands in for them.
+_COMPILERS = {"aarch64": "gcc-aarch64-linux-gnu", "": "gcc libc6-dev"}
 _SYSTEM_FILES = {
     "lib/libc.so.6": "libc6-arm64-cross",
     "lib/libstdc++.so.6": "libstdc++6-arm64-cross",
@@ -38,10 +39,12 @@ _WHEELS = ("apache-tvm", "apache-tvm-ffi")
 _RUNTIME_LIBRARIES = ("libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_extra.so")
 _INCLUDE_PREFIX = "tvm_ffi/include/"
 _NATIVE = Path(__file__).with_name("native")
+_WORKER_SOURCES = (_NATIVE / "rpc_worker.c", _NATIVE / "data_memory.c")
 _COMPILE_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror")
 _DOWNLOAD_LIMIT_S = 900.0
 _LOCK_LIMIT_S = 1200.0
 _TOOL_LIMIT_S = 120.0
+_COMPILE_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,15 @@ def prepare() -> EmulationKit:
     cache = platformdirs.user_cache_path("tvm_compress") / "emulated-a72"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        version = _qemu_version(tools["qemu-aarch64"])
+        version = _qemu_version(tools.paths["qemu-aarch64"])
         runtime = _device_runtime(cache)
         native = _native_parts(cache, runtime, tools, version)
     except OSError as error:
         raise DeviceError(f"The emulated Cortex-A72 cannot be set up in {cache}: {error}.") from None
     return EmulationKit(
-        qemu=tools["qemu-aarch64"],
-        mc=tools["llvm-mc-19"],
-        mca=tools["llvm-mca-19"],
+        qemu=tools.paths["qemu-aarch64"],
+        mc=tools.paths["llvm-mc-19"],
+        mca=tools.paths["llvm-mca-19"],
         runtime=runtime / "lib",
         worker=native / "rpc_worker",
         plugin=native / "counting_plugin.so",
@@ -105,18 +108,32 @@ def prepare() -> EmulationKit:
     )
 
 
-def _check_system() -> dict[str, str]:
-    """Paths of the commands; raises DeviceError naming every missing package at once."""
+@dataclass(frozen=True)
+class _Tools:
+    """Paths of the commands by name, and the C compilers' commands by processor."""
+
+    paths: dict[str, str]
+    compilers: dict[str, tuple[str, ...]]
+
+
+def _check_system() -> _Tools:
+    """Find the tools; raises DeviceError naming every missing package at once."""
     found = {name: shutil.which(name) for name in _COMMANDS}
+    compilers = {processor: c_compiler(processor) for processor in _COMPILERS}
     missing = [_COMMANDS[name] for name, path in found.items() if path is None]
     missing += [package for file, package in _SYSTEM_FILES.items() if not (SYSROOT / file).exists()]
-    if missing:
-        packages = " ".join(dict.fromkeys(missing))
+    no_compiler = [_COMPILERS[processor] for processor, command in compilers.items() if command is None]
+    if missing or no_compiler:
+        packages = " ".join(dict.fromkeys(missing + no_compiler))
+        instead = f" In place of {' '.join(no_compiler)}, {ZIG_HINT} will do." if no_compiler else ""
         raise DeviceError(
             f"The emulated Cortex-A72 needs what is not installed: {packages}.",
-            f"Install it by `sudo apt-get install {packages}`.",
+            f"Install it by `sudo apt-get install {packages}`.{instead}",
         )
-    return {name: path for name, path in found.items() if path is not None}
+    return _Tools(
+        {name: path for name, path in found.items() if path is not None},
+        {processor: command for processor, command in compilers.items() if command is not None},
+    )
 
 
 def _qemu_version(qemu: str) -> str:
@@ -167,12 +184,13 @@ def _unpack(wheel: Path, directory: Path) -> None:
                 shutil.copyfileobj(source, copy)
 
 
-def _native_parts(cache: Path, runtime: Path, tools: dict[str, str], qemu_version: str) -> Path:
+def _native_parts(cache: Path, runtime: Path, tools: _Tools, qemu_version: str) -> Path:
     """Directory with the worker and the plugin, compiled from `native/`."""
     # QEMU 9 dropped version 1 of its plugins' interface.
     interface = 2 if int(qemu_version.split(".")[0]) >= 9 else 1
     sources = sorted(path for path in _NATIVE.iterdir() if path.suffix in (".c", ".h"))
-    digest = hashlib.sha256(repr((_COMPILE_FLAGS, interface, runtime.name)).encode())
+    compilers = sorted(tools.compilers.items())
+    digest = hashlib.sha256(repr((_COMPILE_FLAGS, interface, runtime.name, compilers)).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
 
@@ -180,18 +198,18 @@ def _native_parts(cache: Path, runtime: Path, tools: dict[str, str], qemu_versio
         libraries = [f"-l{Path(name).stem.removeprefix('lib')}" for name in _RUNTIME_LIBRARIES]
         _run(
             [
-                *(tools["aarch64-linux-gnu-gcc"], *_COMPILE_FLAGS, "-isystem", str(runtime / "include")),
-                *("-o", str(directory / "rpc_worker"), str(_NATIVE / "rpc_worker.c")),
+                *(*tools.compilers["aarch64"], *_COMPILE_FLAGS, "-isystem", str(runtime / "include")),
+                *("-o", str(directory / "rpc_worker"), *map(str, _WORKER_SOURCES)),
                 *(f"-L{runtime / 'lib'}", "-Wl,--no-as-needed", *libraries),
             ],
-            _TOOL_LIMIT_S,
+            _COMPILE_LIMIT_S,
         )
         _run(
             [
-                *(tools["gcc"], *_COMPILE_FLAGS, f"-DPLUGIN_VERSION={interface}", "-shared", "-fPIC"),
+                *(*tools.compilers[""], *_COMPILE_FLAGS, f"-DPLUGIN_VERSION={interface}", "-shared", "-fPIC"),
                 *("-o", str(directory / "counting_plugin.so"), str(_NATIVE / "counting_plugin.c")),
             ],
-            _TOOL_LIMIT_S,
+            _COMPILE_LIMIT_S,
         )
 
     return _once(cache, f"native-{digest.hexdigest()[:16]}", compile_parts)

@@ -316,7 +316,7 @@ class Worker:
             raise DeviceFailedError("build", f"{library} cannot be read: {error}.") from None
         if loader == WITHOUT_NETWORK:
             content = content.replace(_NETWORK, _NO_NETWORK)
-        self.call(f"Sending {library.name}", limit, self.remote.upload, content, name)
+        self.call(f"Sending {library.name}", limit, self._send, content, name)
         built = f"It was built for {built_for}: is that the device's processor?" if built_for else ""
         with as_build_error(built or "Is it a shared library for this device?"):
             return self.call(f"Loading {library.name}", limit, load), name
@@ -331,6 +331,9 @@ class Worker:
                 "Build it for the device's target (`--target`).",
             )
         return built_for
+
+    def _send(self, content: bytearray, name: str) -> None:
+        self.remote.upload(content, name)
 
     def tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         """Copy an array to the device; to be called within `call`."""

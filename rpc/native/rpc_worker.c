@@ -8,8 +8,10 @@
  *
  * Functions for the client besides those of TVM's runtime:
  *   tvm_compress.base_address(file) -> int   where an uploaded library was loaded
- *   tvm_compress.count_begin()               set the counters of counting_plugin.c to 0
- *   tvm_compress.count_end(index)            write them to PREFIX.index on the host
+ *   tvm_compress.count_begin()               set the counters of counting_plugin.c to 0 and empty its caches
+ *   tvm_compress.count_warm()                set the counters to 0, but leave the caches as they are
+ *   tvm_compress.count_end(index)            write the counters to PREFIX.index on the host
+ * What is counted is the code of the library that was loaded last.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,6 +26,7 @@
 #include <unistd.h>
 
 #include "counting.h"
+#include "data_memory.h"
 
 enum { RPC_MAGIC = 0xff271, RPC_MISMATCH = RPC_MAGIC + 2, MAX_KEY = 1024, MAX_PATH = 4096 };
 
@@ -96,6 +99,32 @@ static int workpath(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny 
   return TVMFFIStringFromByteArray(&bytes, result);
 }
 
+struct search {
+  const char *path;
+  ElfW(Addr) address, code_start, code_end;
+  int found;
+};
+
+static int match_library(struct dl_phdr_info *info, size_t size, void *data) {
+  struct search *search = data;
+  (void)size;
+  if (strcmp(info->dlpi_name, search->path) != 0) return 0;
+  search->address = info->dlpi_addr;
+  search->found = 1;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const ElfW(Phdr) *segment = &info->dlpi_phdr[i];
+    if (segment->p_type != PT_LOAD || !(segment->p_flags & PF_X)) continue;
+    search->code_start = info->dlpi_addr + segment->p_vaddr;
+    search->code_end = search->code_start + segment->p_memsz;
+  }
+  return 1;
+}
+
+/* The system call does not exist: the emulator's plugin sees it before the kernel refuses it. */
+static void tell_plugin(long command, long first, long second) {
+  syscall(COUNTING_SYSCALL, command, first, second);
+}
+
 static int load_module(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
   char path[MAX_PATH];
   TVMFFIAny argument = {0};
@@ -107,22 +136,11 @@ static int load_module(void *self, const TVMFFIAny *args, int32_t count, TVMFFIA
   TVMFFIObjectHandle function = global_function("ffi.ModuleLoadFromFile");
   int code = TVMFFIFunctionCall(function, &argument, 1, result);
   TVMFFIObjectDecRef(function);
+  struct search search = {.path = path};
+  if (code == 0 && dl_iterate_phdr(match_library, &search) != 0) {
+    tell_plugin(COUNTING_CODE, (long)search.code_start, (long)search.code_end);
+  }
   return code;
-}
-
-struct search {
-  const char *path;
-  ElfW(Addr) address;
-  int found;
-};
-
-static int match_library(struct dl_phdr_info *info, size_t size, void *data) {
-  struct search *search = data;
-  (void)size;
-  if (strcmp(info->dlpi_name, search->path) != 0) return 0;
-  search->address = info->dlpi_addr;
-  search->found = 1;
-  return 1;
 }
 
 static int base_address(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
@@ -130,7 +148,7 @@ static int base_address(void *self, const TVMFFIAny *args, int32_t count, TVMFFI
   (void)self;
   if (count != 1) return raise_error("TypeError", "base_address takes one argument");
   if (path_of(args, path) != 0) return -1;
-  struct search search = {path, 0, 0};
+  struct search search = {.path = path};
   dl_iterate_phdr(match_library, &search);
   if (!search.found) return raise_error("ValueError", "the library is not loaded");
   result->type_index = kTVMFFIInt;
@@ -138,10 +156,16 @@ static int base_address(void *self, const TVMFFIAny *args, int32_t count, TVMFFI
   return 0;
 }
 
-/* The system call below does not exist: the emulator's plugin sees it before the kernel refuses it. */
 static int count_begin(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
   (void)self, (void)args, (void)count, (void)result;
-  syscall(COUNTING_SYSCALL, COUNTING_BEGIN, 0L);
+  announce_data_memory();
+  tell_plugin(COUNTING_BEGIN, 0, 0);
+  return 0;
+}
+
+static int count_warm(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny *result) {
+  (void)self, (void)args, (void)count, (void)result;
+  tell_plugin(COUNTING_WARM, 0, 0);
   return 0;
 }
 
@@ -150,7 +174,7 @@ static int count_end(void *self, const TVMFFIAny *args, int32_t count, TVMFFIAny
   if (count != 1 || args[0].type_index != kTVMFFIInt) {
     return raise_error("TypeError", "count_end takes an integer");
   }
-  syscall(COUNTING_SYSCALL, COUNTING_END, (long)args[0].v_int64);
+  tell_plugin(COUNTING_END, (long)args[0].v_int64, 0);
   return 0;
 }
 
@@ -222,6 +246,7 @@ int main(int argc, char **argv) {
   register_function("tvm.rpc.server.load_module", load_module);
   register_function("tvm_compress.base_address", base_address);
   register_function("tvm_compress.count_begin", count_begin);
+  register_function("tvm_compress.count_warm", count_warm);
   register_function("tvm_compress.count_end", count_end);
   TVMFFIAny fd = {0}, result = {0};
   fd.type_index = kTVMFFIInt;

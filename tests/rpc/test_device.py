@@ -45,6 +45,7 @@ def test_results_survive_json(settings, samples, unit, stopped_by):
     result = LatencyResult.from_samples(
         samples, unit, settings, {"conv": 1.5}, {"instructions": 3}, stopped_by
     )
+    result = replace(result, breakdown={"conv": {"l1_misses": 3, "cycles": 1.5}})
     result = replace(result, health={"before": {"clock_mhz": 600.0}, "warnings": ["it is hot"]})
     text = json.dumps(result.to_dict(), allow_nan=False)
     assert LatencyResult.from_dict(json.loads(text)) == result
@@ -125,3 +126,10 @@ def test_results_of_earlier_releases_are_read():
     assert (read.stopped_by, read.health) == ("repeat", {})
     failed = old | {"value": None, "spread": None, "samples": [], "error": ["crash", "it fell"]}
     assert LatencyResult.from_dict(failed).stopped_by is None
+
+
+def test_results_of_earlier_releases_can_be_read():
+    result = LatencyResult.from_samples([1.0], "estimated_cycles", MeasurementSettings(), {"conv": 1.0})
+    values = result.to_dict()
+    del values["breakdown"]
+    assert LatencyResult.from_dict(values) == result

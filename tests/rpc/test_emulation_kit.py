@@ -8,12 +8,26 @@ import threading
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tvm_compress.errors import DeviceError
 from tvm_compress.rpc import emulation_kit
-from tvm_compress.rpc.device import open_device
+from tvm_compress.rpc.device import MeasurementSettings, open_device
+from tvm_compress.rpc.emulated_a72 import EmulatedSession
 from tvm_compress.rpc.emulation_kit import prepare
+
+
+@pytest.fixture
+def without_zig(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+
+
+def only(folder, monkeypatch, *names):
+    """Leave these commands alone on the path."""
+    for name in names:
+        (folder / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(folder))
 
 
 def test_everything_is_there():
@@ -32,22 +46,43 @@ def test_everything_is_there():
         ("llvm-mca-19", "llvm-19"),
     ],
 )
-def test_a_missing_command_is_named_with_its_package(monkeypatch, tmp_path, command, package):
-    for name in emulation_kit._COMMANDS:
-        if name != command:
-            (tmp_path / name).symlink_to(shutil.which(name))
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_missing_command_is_named_with_its_package(monkeypatch, tmp_path, without_zig, command, package):
+    needed = {*emulation_kit._COMMANDS, "gcc", "aarch64-linux-gnu-gcc"}
+    only(tmp_path, monkeypatch, *(needed - {command}))
     with pytest.raises(DeviceError, match=f"sudo apt-get install {package}"):
         open_device("emulated-a72").open()
 
 
-def test_all_missing_packages_are_named_at_once(monkeypatch, tmp_path):
+def test_all_missing_packages_are_named_at_once(monkeypatch, tmp_path, without_zig):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(emulation_kit, "SYSROOT", tmp_path)
     with pytest.raises(DeviceError) as caught:
         prepare()
     wanted = {"qemu-user", "gcc-aarch64-linux-gnu", "llvm-19", "libc6-arm64-cross", "libstdc++6-arm64-cross"}
     assert wanted <= set(caught.value.hint.replace("`", " ").split())
+    assert "pip install 'tvm_compress[cross]'" in caught.value.hint
+
+
+def test_zig_compiles_the_parts_where_gcc_is_missing(monkeypatch, tmp_path, build):
+    library, inputs = (
+        build("layers", "emulated-a72"),
+        [np.ones((2, 8), "float32"), np.ones((8, 4), "float32")],
+    )
+    kit = prepare()
+    with EmulatedSession(MeasurementSettings(), kit) as session:
+        expected = session.time(library, inputs)
+    cache = tmp_path / "cache" / "emulated-a72"
+    shutil.copytree(kit.runtime.parent, cache / kit.runtime.parent.name)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    only(commands, monkeypatch, *emulation_kit._COMMANDS)
+    monkeypatch.setattr(emulation_kit.platformdirs, "user_cache_path", lambda _: cache.parent)
+    other = prepare()
+    assert other.worker.is_relative_to(cache)
+    with EmulatedSession(MeasurementSettings(), other) as session:
+        np.testing.assert_array_equal(session.run(library, inputs)[0], np.full((2, 4), 8, "float32"))
+        assert session.time(library, inputs) == expected
+    assert expected.error is None
 
 
 def test_processes_that_start_together_compile_once(tmp_path):

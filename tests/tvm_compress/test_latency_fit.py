@@ -94,7 +94,8 @@ def test_a_model_is_fitted_to_a_device_and_goes_on_from_what_is_stored(meter: La
 
 def test_predictions_come_with_errors_that_are_about_right(meter: LatencyMeter):
     sampler = KernelSampler([load_sample("resnet8-fashion")], meter)
-    fitted, fresh = {}, {}
+    fitted: dict[str, KernelInfo] = {}
+    fresh: dict[str, KernelInfo] = {}
     while len(fitted) < 150:
         fitted |= {kernel.key: kernel for kernel in sampler.draw()}
     for kernel in fitted.values():

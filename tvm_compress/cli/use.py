@@ -208,6 +208,8 @@ def _print_latencies(device: str, results: Sequence[tuple[str, LatencyResult]], 
         lines += [f"device {when}: {told}"] if told else []
     lines += [f"warning: {text}" for text in first.health.get("warnings", [])]
     print_lines(lines)
+    if first.breakdown:
+        _print_breakdown(results[0][0], first)
 
 
 def _why_stopped(result: LatencyResult) -> str:
@@ -222,3 +224,14 @@ def _why_stopped(result: LatencyResult) -> str:
         f"after {settings.max_repeat} samples, the limit: a spread is still above "
         f"{100 * settings.max_spread:g} % of its median"
     )
+
+
+def _print_breakdown(artifact: str, result: LatencyResult) -> None:
+    """Print what each kernel costs, the dearest first; in lines, as kernels have long names."""
+    kernels = sorted(result.breakdown.items(), key=lambda item: (-item[1].get("cycles", 0.0), item[0]))
+    columns = list(dict.fromkeys(column for _, part in kernels for column in part))
+    titles = [column.replace("_", " ").replace("l1", "L1").replace("l2", "L2") for column in columns]
+    lines = ["", f"kernels of {artifact}", "  ".join([*(f"{title:>14}" for title in titles), "kernel"])]
+    for name, part in kernels:
+        lines.append("  ".join([*(f"{part.get(column, 0.0):>14,.0f}" for column in columns), name]))
+    print_lines(lines)

@@ -203,11 +203,11 @@ class LatencyMeter:
         return self._session
 
     def _stored(self, key: str, settings: MeasurementSettings | None = None) -> LatencyResult | None:
-        found = self.store.get(key, self.device.name, self.device.unit, settings or self._settings)
+        found = self.store.get(key, self.device.stored_as, self.device.unit, settings or self._settings)
         return found if found is not None and found.ok else None
 
     def _put(self, key: str, result: LatencyResult, provenance: Mapping[str, Any]) -> None:
-        self.store.put(key, self.device.name, result, {**self.device.describe(), **provenance})
+        self.store.put(key, self.device.stored_as, result, {**self.device.describe(), **provenance})
 
 
 def _failure(device: Device, result: LatencyResult) -> DeviceError:

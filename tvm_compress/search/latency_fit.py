@@ -41,7 +41,7 @@ def stored_kernels(store: MeasurementStore, device: Device, target: Target) -> l
     for row in store.rows():
         facts, result = row["provenance"], row["result"]
         key = row["key"].removeprefix(KERNEL_PREFIX)
-        if row["device"] == device.name and "features" in facts and f"-{target_digest(target)}-" in key:
+        if row["device"] == device.stored_as and "features" in facts and f"-{target_digest(target)}-" in key:
             found[key] = MeasuredKernel(key, facts["kind"], facts["features"], result.value)
     return [found[key] for key in sorted(found)]
 
