@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax, s_tir, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
@@ -94,7 +95,7 @@ def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
             ]
         )(module)
     functions = {
-        gv: schedule_function(func, rules, gv.name_hint) if isinstance(func, tirx.PrimFunc) else func
+        gv: _schedule_once(func, rules, gv.name_hint) if isinstance(func, tirx.PrimFunc) else func
         for gv, func in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)
@@ -198,6 +199,21 @@ def _check_call(call: relax.Call, looked_up: Set[relax.Var]) -> None:
         raise KernelError(
             f"There is no kernel for {name}.", "Convolutions must be 2-D; realise QDQ modules first."
         )
+
+
+# Scheduled functions by what they were made of: a search lowers hundreds of networks with mostly the same.
+_SCHEDULED: dict[tuple[int, TargetRules], tirx.PrimFunc] = {}
+_MOST_SCHEDULED = 4096
+
+
+def _schedule_once(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tirx.PrimFunc:
+    """Schedule a function, unless the same was scheduled for the same target in this process."""
+    key = (tvm_ffi.structural_hash(func), rules)
+    if key not in _SCHEDULED:
+        if len(_SCHEDULED) >= _MOST_SCHEDULED:
+            _SCHEDULED.clear()
+        _SCHEDULED[key] = schedule_function(func, rules, name)
+    return _SCHEDULED[key]
 
 
 def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tirx.PrimFunc:
