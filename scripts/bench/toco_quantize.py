@@ -1,5 +1,6 @@
 """Figure 6 of the TOCO paper: size against accuracy of fine-grained quantization, beside binary networks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def _figure6_network(name: str) -> dict[str, Any]:
 
 def _prune_tune_quantize(model: Model, split: Split) -> Curve:
     """Both of TOCO's objectives, one after the other: zeros cost their place in a mask only."""
-    run = prune_run(model, split, PRUNE, lost=30, step=0.02)
-    _, test = arrays(split, PRUNE)
+    settings = replace(PRUNE, sensitivity="weight")
+    run = prune_run(model, split, settings, lost=30, step=0.02)
+    _, test = arrays(split, settings)
     few = split.train.subset(FINETUNE_IMAGES, np.random.default_rng(0))
     points = []
     for rate in (0.8, 0.9, 0.95):

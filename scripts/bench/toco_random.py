@@ -71,6 +71,7 @@ def _figure4_seed(seed: int) -> dict[str, Any]:
             trust_radius=0.25,
             iterations=400,
             sampling=sampling,
+            sensitivity="weight",
             images=0,
             share=0.01,
             batches=1,

@@ -16,7 +16,7 @@ from tvm_compress.errors import DataError, ModelError, SettingError, StudyError
 from tvm_compress.passes.params import get_params, set_params, with_stage
 from tvm_compress.passes.pipeline import build
 from tvm_compress.passes.sites import find_sites
-from tvm_compress.tolerance.algorithm1 import Iteration
+from tvm_compress.tolerance.algorithm1 import Iteration, shrink_to_filters
 from tvm_compress.tolerance.baselines import BaselineSettings, baseline
 from tvm_compress.tolerance.compress import toco
 from tvm_compress.tolerance.settings import TocoSettings
@@ -209,6 +209,7 @@ def test_labels_of_the_models_own(module, split):
         ({"memory": 1.0}, "memory"),
         ({"iterations": 0}, "iterations"),
         ({"step": 0.0}, "step"),
+        ({"sensitivity": "layer"}, "sensitivity"),
     ],
 )
 def test_impossible_settings(values, said):
@@ -288,3 +289,13 @@ def test_a_step_bounds_what_one_iteration_prunes(module, split):
         assert (sizes[1:] / sizes[:-1])[bounded].min() >= 1 - step
     # A filter of 12 is more than the step, and goes all the same.
     assert toco(module, split, replace(settings, step=0.01, group="filter")).summary["sparsity"] > 0
+
+
+def test_a_filters_sensitivity_is_between_its_own_and_the_networks():
+    gradients = {"a": np.array([[1.0, 3.0], [8.0, 8.0]]), "b": np.full((1, 4), 1.0)}
+    shrunk = shrink_to_filters(gradients)
+    everything = (1 + 3 + 8 + 8 + 4) / 8
+    np.testing.assert_allclose(shrunk["a"], np.sqrt(everything * np.array([[2.0, 2.0], [8.0, 8.0]])))
+    np.testing.assert_allclose(shrunk["b"], np.full((1, 4), np.sqrt(everything)))
+    assert TocoSettings().sensitivity == "filter"
+    assert TocoSettings(objective="quantize").sensitivity == "weight"

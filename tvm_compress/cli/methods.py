@@ -27,7 +27,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "toco": (
         *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "step", "sampling"),
-        *("images", "batches", "memory", "percentile", "labels", "trials"),
+        *("images", "batches", "memory", "sensitivity", "percentile", "labels", "trials"),
         *("finetune_epochs", "learning_rate"),
     ),
     "fastlc": (

@@ -164,6 +164,13 @@ TrustRadiusOption = Annotated[
     typer.Option(help="How far weights may move at first, of the largest weight.", rich_help_panel="toco"),
 ]
 IterationsOption = Annotated[int | None, typer.Option(help="At most so many.", rich_help_panel="toco")]
+SensitivityOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose gradient a weight's tolerance follows: weight or filter.",
+        rich_help_panel="toco",
+    ),
+]
 StepOption = Annotated[
     float | None,
     typer.Option(

@@ -8,6 +8,8 @@ Source: TOCO, Algorithm 1. What differs from the paper:
   signs of all moves; real moves cancel. An accepted iteration that used less than half of the room raises the
   gain (x 2, or x 4 if it changed hardly anything), a rejected one lowers it (/ 4); the trust radius is halved
   where the gain is 1, the paper's value, already. The loss is evaluated in any case.
+- By `sensitivity`, each weight has the geometric mean of the |g| of its filter and of the network instead of
+  its own: a weight's own says little of what happens when thousands go together.
 - An iteration that prunes takes at most a `step` of the weights that are left (by a lower gain): what is
   pruned changes the gradients of the rest, which the next iteration then sees.
 - The loss bound also rises after `PATIENCE` rejected iterations without progress between them: where groups
@@ -43,8 +45,8 @@ PATIENCE = 4
 # An accepted iteration that removes less than this share of what is left is no progress.
 PROGRESS = 1e-3
 LARGEST_GAIN = 2.0**40
-# Factor by which the gain falls until an iteration takes no more than a step.
-FINER = 1.25
+# Gains that are tried, by bisection, until an iteration takes no more than a step.
+STEP_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,18 @@ class Algorithm1:
         least = (1 - self._settings.step) * old if self._settings.objective == "prune" else 0.0
         room = max(0.0, state.loss_bound - state.loss)
         tried = self._model.apply(state.compressed, self._tolerances(state, gradients, room * state.gain))
-        while self._model.size(tried) < least and state.gain > 1:
-            gain = max(1.0, state.gain / FINER)
+        low, high = 1.0, state.gain
+        for _ in range(STEP_TRIES if self._model.size(tried) < least and high > 1 else 0):
+            gain = (low * high) ** 0.5
             finer = self._model.apply(state.compressed, self._tolerances(state, gradients, room * gain))
-            if self._model.size(finer) == old:
-                # A single group is more than the step.
+            size = self._model.size(finer)
+            if size >= old:
+                low = gain
+                continue
+            # Where every group is more than the step, the least that goes at all is taken.
+            state.gain, tried, high = gain, finer, gain
+            if size >= least:
                 break
-            state.gain, tried = gain, finer
         return tried
 
     def _raise_bound(self, state: State, loss: float) -> None:
@@ -249,7 +256,8 @@ class Algorithm1:
         for name, square in fresh.items():
             old = state.squares.get(name, np.float32(0))
             state.squares[name] = (np.float32(kept) * old + np.float32(1 - kept) * square).astype(np.float32)
-        return {name: np.sqrt(square) for name, square in state.squares.items()}
+        found = {name: np.sqrt(square) for name, square in state.squares.items()}
+        return found if self._settings.sensitivity == "weight" else shrink_to_filters(found)
 
     def _batches(self, state: State) -> list[np.ndarray | slice]:
         settings, n = self._settings, len(self._x)
@@ -268,6 +276,22 @@ class Algorithm1:
         with torch.no_grad():
             for name, value in weights.items():
                 self._twin.tensors[name].copy_(torch.from_numpy(value))
+
+
+def shrink_to_filters(gradients: Values) -> dict[str, np.ndarray]:
+    """Give each weight the geometric mean of the |g| of its filter and of the whole network.
+
+    Parameters
+    ----------
+    gradients
+        |g| by parameter, each [filters, ...].
+    """
+    everything = np.concatenate([value.ravel() for value in gradients.values()]).mean()
+    shrunk = {}
+    for name, value in gradients.items():
+        mean = value.reshape(len(value), -1).mean(axis=1).reshape(-1, *[1] * (value.ndim - 1))
+        shrunk[name] = np.broadcast_to(np.sqrt(mean * everything), value.shape).astype(value.dtype)
+    return shrunk
 
 
 def _cross_entropy(logits: np.ndarray, y: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from tvm_compress.errors import SettingError
 from tvm_compress.passes.policy import GROUP
 
 OBJECTIVES = ("prune", "quantize")
+SENSITIVITIES = ("weight", "filter")
 SAMPLINGS = ("active", "random", "all")
 
 
@@ -43,6 +44,9 @@ class TocoSettings:
         Gradients per iteration; |g| is the root mean square over them. The paper takes one batch of 32.
     memory
         How much each iteration's squared gradients count in the next, in [0, 1); the paper's is 0.
+    sensitivity
+        Whose |g| a weight's tolerance follows: its own ("weight", the paper's), or "filter", the geometric
+        mean of its filter's and the network's. Default: "filter" for pruning, "weight" for quantization.
     percentile
         Of a group's tolerances, for "quantize": 0 is the least, as in the paper.
     labels
@@ -71,6 +75,7 @@ class TocoSettings:
     batches: int = 8
     batch_size: int = 32
     memory: float = 0.9
+    sensitivity: str = ""
     percentile: float = 0.0
     labels: str = "data"
     seed: int = 0
@@ -84,6 +89,9 @@ class TocoSettings:
         _choose("labels", self.labels, ("data", "model"))
         if not self.group:
             object.__setattr__(self, "group", "element" if self.objective == "prune" else "layer")
+        if not self.sensitivity:
+            object.__setattr__(self, "sensitivity", "filter" if self.objective == "prune" else "weight")
+        _choose("sensitivity", self.sensitivity, SENSITIVITIES)
         self._check_group()
         for name in ("loss_bound", "sigma"):
             value = getattr(self, name)
