@@ -1,8 +1,8 @@
 """What a scheduled kernel executes, counted from its loops: the numbers that latency models learn best from.
 
 A statement runs as often as the loops around it say. Its operations are counted in vectors of the target, so
-that the padding of tiles, scalar remainders and wide integers all show. Addresses are not counted, and
-branches count both ways: these are features of a model, not a simulation.
+that the padding of tiles, scalar remainders and wide integers all show. Of addresses only divisions count,
+and branches count both ways: these are features of a model, not a simulation.
 """
 
 import math
@@ -24,6 +24,7 @@ NAMES = (
     "scalar_loads",
     "scalar_stores",
     "iterations",  # of loops that are not unrolled
+    "divisions",  # of positions, in statements that are no sums
     "workspace_bytes",
 )
 
@@ -66,6 +67,8 @@ class _Counter:
             for part in stmt.seq:
                 self.visit(part, _Loops(loops.serial, loops.unrolled, loops.lanes), reduces)
         elif isinstance(stmt, s_tir.SBlockRealize):
+            if not _reduces(stmt.block):
+                self.found["divisions"] += loops.runs * sum(map(_divisions, stmt.iter_values))
             self.visit(stmt.block, loops, reduces)
         elif isinstance(stmt, s_tir.SBlock):
             self._visit_block(stmt, loops)
@@ -86,8 +89,7 @@ class _Counter:
             self.found["workspace_bytes"] += elements * _bytes(buffer)
         if block.init is not None:
             self.visit(block.init, loops)
-        reduces = any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
-        self.visit(block.body, loops, reduces)
+        self.visit(block.body, loops, _reduces(block))
 
     def _count_store(self, store: tirx.BufferStore, loops: _Loops, reduces: bool) -> None:
         lanes = loops.lanes * _lanes(store.value)
@@ -129,6 +131,16 @@ def executed(func: tirx.PrimFunc, vector_bits: int) -> dict[str, float]:
     counter = _Counter(vector_bits)
     counter.visit(func.body, _Loops())
     return counter.found
+
+
+def _reduces(block: s_tir.SBlock) -> bool:
+    return any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
+
+
+def _divisions(value: tirx.Expr) -> int:
+    """Divisions and remainders in an expression."""
+    here = isinstance(value, tirx.FloorDiv | tirx.FloorMod)
+    return here + sum(map(_divisions, _operands(value)))
 
 
 # Attributes that hold what an operation works on, by kind of expression.

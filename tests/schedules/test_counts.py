@@ -34,6 +34,15 @@ def sums(a: T.Buffer((8, 32), "float32"), b: T.Buffer((8,), "float32")):
             b[vi] = space[vi]
 
 
+@T.prim_func(s_tir=True)
+def fused_loops(a: T.Buffer((4, 16), "float32"), b: T.Buffer((16, 4), "float32")):
+    for i in range(64):
+        with T.sblock("b"):
+            vi = T.axis.spatial(4, i // 16)
+            vj = T.axis.spatial(16, i % 16)
+            b[vj, vi] = a[vi, vj]
+
+
 def counted(func: tirx.PrimFunc, bits: int) -> dict[str, float]:
     found = executed(func, bits)
     assert tuple(found) == NAMES
@@ -49,6 +58,11 @@ def test_vectors_count_by_the_targets_width():
         "iterations": 4,
     }
     assert counted(pointwise, 128)["vector_ops"] == 4 * 2 * 4
+
+
+def test_positions_that_are_divided_count():
+    loops = {"iterations": 64, "divisions": 2 * 64}
+    assert counted(fused_loops, 128) == {"scalar_loads": 64, "scalar_stores": 64, **loops}
 
 
 def test_sums_are_told_from_what_surrounds_them():

@@ -72,7 +72,7 @@ SHAPE = (
 )
 
 # Of the analytic cost: what the work consists of.
-SHARES = ("sum_ops", "sum_loads", "vector_ops", "scalar_ops", "iterations")
+SHARES = ("sum_ops", "sum_loads", "vector_ops", "scalar_ops", "iterations", "divisions")
 
 FEATURE_NAMES: tuple[str, ...] = (
     *(f"kind_{kind}" for kind in KINDS),
@@ -123,7 +123,8 @@ def analytic_cost(kernel: Kernel) -> float:
         for what in ("loads", "stores")
     )
     operations = sum(found.get(f"{kind}_ops", 0.0) for kind in ("sum", "vector", "scalar"))
-    return operations + 0.5 * accesses + found.get("iterations", 0.0) + 64.0
+    loops = found.get("iterations", 0.0) + found.get("divisions", 0.0)
+    return operations + 0.5 * accesses + loops + 64.0
 
 
 def _filled(channels: float, group: int) -> float:

@@ -23,6 +23,8 @@ CALIBRATION_IMAGES = 4
 # Random networks are drawn as often as given ones, each for some policies.
 RANDOM_SHARE = 0.5
 POLICIES_OF_A_NETWORK = 4
+# Images larger than this are pooled before a random network flattens them.
+LARGEST_FLATTENED = 4
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,15 @@ def random_network(rng: np.random.Generator) -> Model:
     """Plain or residual convolutional network of random widths, for images of 16 to 64 pixels."""
     size = int(rng.choice([16, 24, 28, 32, 48, 64]))
     inputs = int(rng.choice([1, 3]))
+    with torch.random.fork_rng():
+        torch.manual_seed(int(rng.integers(2**31)))
+        body, width, left = _random_body(inputs, size, rng)
+        network = nn.Sequential(*body, *_random_head(width, left, rng)).eval()
+    return Model.from_torch(network, (torch.zeros(1, inputs, size, size),))
+
+
+def _random_body(inputs: int, size: int, rng: np.random.Generator) -> tuple[list[nn.Module], int, int]:
+    """Convolutions; the channels and the image size that they end with."""
     # Wide networks of large images would take most of the time for a few kernels.
     widest = 16 if size > 32 else 32
     width = 8 * int(rng.integers(1, 1 + widest // 8))
@@ -107,21 +118,32 @@ def random_network(rng: np.random.Generator) -> Model:
         stride = int(rng.integers(1, 3))
         if rng.random() < 0.5:
             layers.append(_Residual(width, wider, stride))
+            size = -(-size // stride)
         else:
             layers += _layer(width, wider, int(rng.choice([1, 3, 3, 5])), 1)
             if stride == 2:
                 layers.append(nn.MaxPool2d(2))
+                size //= 2
         width = wider
-    classes = int(rng.choice([10, 100]))
-    head: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return layers, width, size
+
+
+def _random_head(width: int, size: int, rng: np.random.Generator) -> list[nn.Module]:
+    """Mean or pooling and flattening, then one or two dense layers."""
+    head: list[nn.Module] = []
     if rng.random() < 0.5:
+        head += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    else:
+        while size > LARGEST_FLATTENED:
+            head.append(nn.MaxPool2d(2))
+            size //= 2
+        head.append(nn.Flatten())
+        width *= size * size
+    if rng.random() < 0.7:
         hidden = 32 * int(rng.integers(1, 9))
         head += [nn.Linear(width, hidden), nn.ReLU()]
         width = hidden
-    with torch.random.fork_rng():
-        torch.manual_seed(int(rng.integers(2**31)))
-        network = nn.Sequential(*layers, *head, nn.Linear(width, classes)).eval()
-    return Model.from_torch(network, (torch.zeros(1, inputs, size, size),))
+    return [*head, nn.Linear(width, int(rng.choice([10, 100])))]
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
