@@ -78,7 +78,9 @@ def _figure12() -> dict[str, Any]:
 
 def _channels_of_equal_latency(model: Model, split: Split, ratio: float) -> CompressionPolicy:
     """Let TOCO prune channels until the library is as fast as asked for."""
-    settings = TocoSettings(group="channel", loss_bound=12.0, sigma=1.2, iterations=200, images=1024)
+    settings = TocoSettings(
+        group="channel", loss_bound=20.0, sigma=1.5, iterations=200, images=512, batches=2
+    )
     grouping = Grouping(model.module, settings.group, tuple(Twin(model.module).trainable()))
     train, _ = arrays(split, settings)
     loop = Algorithm1(Twin(model.module), Pruning(grouping), *train, settings)
