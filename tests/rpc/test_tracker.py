@@ -207,6 +207,8 @@ def test_device_check(capsys: pytest.CaptureFixture[str], device: str) -> None:
 def test_serve_and_check_as_on_a_board(capsys: pytest.CaptureFixture[str], tracker: Tracker) -> None:
     mine = Tracker(tracker.host, tracker.port, "this-machine")
     command = [sys.executable, "-c", "from tvm_compress.cli.main import entry; entry()"]
+    # Started as by a script, in the background, where interrupts are ignored at first.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
     command += ["device", "serve", str(mine), "--host", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
@@ -218,7 +220,11 @@ def test_serve_and_check_as_on_a_board(capsys: pytest.CaptureFixture[str], track
                 assert json.loads(capsys.readouterr().out)["unit"] == "seconds"
         finally:
             server.send_signal(signal.SIGINT)
-            said, _ = server.communicate(timeout=30)
+            try:
+                said, _ = server.communicate(timeout=30)
+            finally:
+                # Or the end of the block would wait for ever.
+                server.kill()
     assert server.returncode == 130
     # It was free again after the first check, or there could have been no second.
     assert said.count("announced as 'this-machine'") >= 2

@@ -1,6 +1,7 @@
 """`tvm-compress device`: what libraries can be measured on, and a board's own server."""
 
 import platform
+import signal
 import statistics
 import tempfile
 from pathlib import Path
@@ -112,6 +113,8 @@ def serve(
     from tvm_compress.rpc.serve import BoardServer
 
     where = Tracker.parse(tracker)
+    # A shell that starts us in the background of a script has us ignore interrupts, which end us tidily.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print_lines([f"serving {platform.node()} ({platform.machine()}) at {where}; stop with Ctrl-C"])
     machine = "aarch64" if emulated else ""
     BoardServer(where, _starter(emulated, threads), lambda line: print_lines([line]), host, machine).run()
