@@ -14,10 +14,10 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.errors import DeviceError, SettingError
+from tvm_compress.rpc.block_model import BlockModel
 from tvm_compress.rpc.cost_a72 import (
     L1_MISS_CYCLES,
     L2_MISS_CYCLES,
-    BlockModel,
     Cost,
     estimate,
     read_counts,

@@ -22,7 +22,7 @@ from tvm_compress.rpc.last_words import chunk, ending
 from tvm_compress.rpc.machine import own_machine
 from tvm_compress.rpc.relay import LAST_WORDS, MACHINE, hear, open_tracker, pass_on, say, watch
 from tvm_compress.rpc.serve_local import MAX_KEY, RPC_MAGIC, RPC_MISMATCH, receive
-from tvm_compress.rpc.worker import WorkerProcess, how_ended
+from tvm_compress.rpc.worker_process import WorkerProcess, how_ended
 
 PUT, UPDATE_INFO, PENDING, SUCCESS = 3, 5, 7, 0
 # Seconds between signs of life to the tracker.

@@ -29,7 +29,8 @@ from tvm_compress.rpc.device import (
     Session,
 )
 from tvm_compress.rpc.program import Program
-from tvm_compress.rpc.worker import START_LIMIT, Worker
+from tvm_compress.rpc.worker import Worker
+from tvm_compress.rpc.worker_process import START_LIMIT
 
 Result = TypeVar("Result")
 

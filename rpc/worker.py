@@ -1,22 +1,13 @@
-"""One TVM RPC session in a process of its own on loopback, every wait with a limit, ended as a group."""
+"""The client's end of one TVM RPC session with a process of its own, every wait with a limit."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
-import os
-import secrets
-import shutil
-import signal
-import socket
-import struct
 import subprocess
-import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,18 +19,12 @@ from tvm import rpc
 from tvm_compress.rpc.device import DeviceFailedError
 from tvm_compress.rpc.machine import elf_machine, machine_of_triple
 from tvm_compress.rpc.relay import LOST
-from tvm_compress.rpc.serve_local import RPC_MAGIC, receive
+from tvm_compress.rpc.worker_process import DEATH_LIMIT, START_LIMIT, WorkerProcess, how_ended
 
 Result = TypeVar("Result")
 
-#: Seconds until a new worker has to answer; it loads TVM's runtime, on a machine that may be busy.
-START_LIMIT = 60.0
 #: Seconds that a worker gets to show that it is alive after an error.
 _ANSWER_LIMIT = 5.0
-#: Seconds that a worker whose connection broke gets to finish dying.
-_DEATH_LIMIT = 2.0
-#: Bytes of the worker's own messages that an error quotes.
-_QUOTED_BYTES = 1200
 #: Seconds between looks whether a relay has its board.
 _LOOK = 0.02
 #: A loader's name: makes a module of a library whose name it is given.
@@ -48,112 +33,6 @@ LOADER = "tvm.rpc.server.load_module"
 WITHOUT_NETWORK = ""
 #: Where a library with a network says so; a changed name is not found by who looks for it.
 _NETWORK, _NO_NETWORK = b"__tvm_ffi__library_bin\0", b"__tvm_ffi__library_bi_\0"
-
-
-class WorkerProcess:
-    """A process that waits on loopback for one RPC client, in a group and a directory of its own.
-
-    The command is started with two further arguments, an inherited listening socket's number and a directory
-    for its files, and with the key that the client has to greet with as TVM_COMPRESS_RPC_KEY in its
-    environment. It accepts one client and serves it.
-
-    Parameters
-    ----------
-    command
-        Gives the program and its arguments, for the directory that the worker will use.
-    environment
-        The whole environment of the process.
-
-    Raises
-    ------
-    DeviceFailedError
-        Of kind "connection": the process cannot be started.
-    """
-
-    def __init__(self, command: Callable[[Path], Sequence[str]], environment: Mapping[str, str]) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="tvm_compress-"))
-        self.log = self.directory / "worker.log"
-        self.key = secrets.token_hex(16)
-        try:
-            with socket.create_server(("127.0.0.1", 0), backlog=1) as listening:
-                self.port: int = listening.getsockname()[1]
-                self._spawn(command(self.directory), environment, listening.fileno())
-        except OSError as error:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise DeviceFailedError(
-                "connection", f"The device's process cannot be started: {error}."
-            ) from None
-        # Also when nobody calls close(): at the latest when Python ends.
-        self._end = weakref.finalize(self, _end, self.process, self._life_line, self.directory)
-
-    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], listening: int) -> None:
-        inherited, self._life_line = os.pipe()
-        try:
-            with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    [*command, str(listening), str(self.directory)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=self.directory,
-                    env={**environment, "TVM_COMPRESS_RPC_KEY": self.key},
-                    pass_fds=[listening, inherited],
-                    start_new_session=True,
-                )
-            _kill_with_parent(self.process.pid, inherited)
-        except OSError:
-            os.close(self._life_line)
-            raise
-        finally:
-            os.close(inherited)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._end.alive and self.process.poll() is None
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return not self._end.alive
-
-    def connect(self) -> socket.socket:
-        """Connect and greet as a client; for those who pass a client's bytes on. Raises OSError."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=START_LIMIT)
-        said = f"client:{self.key}".encode()
-        connection.sendall(struct.pack("<ii", RPC_MAGIC, len(said)) + said)
-        magic, length = struct.unpack("<ii", receive(connection, 8))
-        receive(connection, length)
-        if magic != RPC_MAGIC:
-            raise ConnectionError("the worker expected another client")
-        connection.settimeout(None)
-        return connection
-
-    def exit_code(self) -> int:
-        """Kill the process, if it has not ended, and give its exit code, negative for a signal's number."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(_DEATH_LIMIT)
-        self.kill()
-        return self.process.wait()
-
-    def last_words(self) -> str:
-        """Last words of the process, or ""."""
-        with contextlib.suppress(OSError):
-            return self.log.read_bytes()[-_QUOTED_BYTES:].decode(errors="replace").strip()
-        return ""
-
-    def quote_log(self) -> str:
-        """Last words of the process, for an error's text."""
-        text = self.last_words()
-        return f" It said: {text}" if text else ""
-
-    def kill(self) -> None:
-        """Kill the process with all its children."""
-        _kill_group(self.process)
-
-    def close(self) -> None:
-        """Kill and remove its files; further calls do nothing."""
-        self._end()
 
 
 class Worker:
@@ -280,7 +159,7 @@ class Worker:
                 return True
         # A dying process closes its sockets before it can be waited for.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_DEATH_LIMIT)
+            self._process.wait(DEATH_LIMIT)
         return False
 
     def load(self, library: Path, limit: float, loader: str = LOADER) -> tuple[tvm.runtime.Module, str]:
@@ -354,20 +233,6 @@ class Worker:
         self._server.kill()
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    # Once it was waited for, its number may be another's.
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen, life_line: int, directory: Path) -> None:
-    _kill_group(process)
-    process.wait()
-    os.close(life_line)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def _after(limit: float, action: Callable[[], None]) -> Iterator[None]:
     """Do `action` in a thread if the block takes longer than `limit` seconds."""
@@ -396,24 +261,3 @@ def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "no message"
     return last if last.endswith(".") else f"{last}."
-
-
-def how_ended(code: int) -> str:
-    """Say an exit code, negative for a signal's number, in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
-
-
-def _kill_with_parent(group: int, pipe: int) -> None:
-    """Have the kernel kill a process group when the writing end of `pipe` closes, however we end.
-
-    Only Linux can; elsewhere an interrupted worker ends when it next looks at its connection.
-    """
-    if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(pipe, fcntl.F_SETOWN, -group)
-        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)

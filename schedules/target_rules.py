@@ -85,15 +85,6 @@ class TargetRules:
         """
         return activation_bits * weight_bits <= _POPCOUNT_BITS[self.isa]
 
-    @property
-    def sparse_pays_below(self) -> float:
-        """Share of a dense layer's inputs in its longest list below which the sparse kernel is faster.
-
-        Where both kernels take the same time: AVX2 measured, the A72 by its emulation, whose dense kernel
-        multiplies by elements of a vector and needs no broadcasts (scripts/bench/sparse.py).
-        """
-        return 0.4 if self.is_arm else 0.8
-
     def bitserial_legal(
         self,
         kind: str,

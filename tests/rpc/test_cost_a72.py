@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_compress.errors import DeviceError, SettingError
+from tvm_compress.rpc.block_model import BlockModel
 from tvm_compress.rpc.cost_a72 import (
     L1_MISS_CYCLES,
     L2_MISS_CYCLES,
-    BlockModel,
     Counts,
     KernelCost,
     estimate,

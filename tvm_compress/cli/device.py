@@ -17,7 +17,7 @@ from tvm_compress.passes.pipeline import build
 from tvm_compress.rpc.address import Tracker
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import MeasurementSettings, open_device
-from tvm_compress.rpc.worker import WorkerProcess
+from tvm_compress.rpc.worker_process import WorkerProcess
 from tvm_compress.samples.load import load_sample
 from tvm_compress.schedules.target_rules import parse_target
 

@@ -18,7 +18,7 @@ import numpy as np
 from tvm_compress.errors import SettingError
 
 # Weights in one part: arrays of it stay in the cache, and are small enough that malloc reuses them.
-PART = 1 << 13
+PART = 1 << 15
 MAX_ROUNDS = 200
 # Weights that first say about where λ lies.
 SAMPLE = 1 << 15

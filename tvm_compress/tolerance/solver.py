@@ -28,7 +28,7 @@ Derivative = Callable[[np.ndarray, Part], np.ndarray]
 SAMPLE = 1 << 17
 MAX_ROUNDS = 100
 # Parts that a thread takes at a time.
-PARTS_AT_ONCE = 32
+PARTS_AT_ONCE = 8
 # The first step from the sample's λ towards the other end of the bracket.
 FIRST_STEP = 1.02
 LARGEST_STEP = 1e6
@@ -48,7 +48,9 @@ def quadratic_derivative(distance: np.ndarray, curvature: np.ndarray) -> Derivat
     distance, twice = distance.ravel(), 2 * curvature.ravel()
 
     def derivative(tolerances: np.ndarray, part: Part) -> np.ndarray:
-        return twice[part] * (tolerances - distance[part])
+        result = tolerances - distance[part]
+        result *= twice[part]
+        return result
 
     return derivative
 
