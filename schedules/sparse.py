@@ -12,8 +12,8 @@ from tvm import relax, te
 
 from tvm_compress.schedules.target_rules import TargetRules
 
-# Share of a layer's inputs in its longest list up to which the sparse kernel is taken: where both take the same
-# time, on AVX2 and on the emulated Cortex-A72, it is 0.65 to 0.8 (scripts/bench/sparse.py).
+# Share of a layer's inputs in its longest list up to which the sparse kernel is taken: both take as long
+# between 0.65 and 0.8, on AVX2 and on the emulated Cortex-A72 (scripts/bench/sparse.py).
 PAYS_BELOW = 0.65
 # Rows of vectors that one tile computes side by side: each sum depends on the one before, and a multiply-add
 # takes four cycles or more.

@@ -5,7 +5,7 @@ usage: python scripts/bench/latency_model.py [--json docs/figures/latency_model.
 
 Parts: "local" and "emulated-a72" fit a model to kernels of ResNet-8, ResNet-18 of width 32 and random
 networks, and compare it with measurements on policies that it never saw, also of a VGG-7 that no kernel of
-the fit comes from; "warm" times one more policy of a study; "resnet18" times the emulated board;
+the fit comes from; "warm" times one more policy of a search by kernels; "resnet18" times the emulated board;
 "search" compares `--latency hybrid` with `--latency measure`. A part that is run replaces its own entries in
 the JSON. Timed kernels stay in the benches' cache, so that an interrupted run goes on; "local" and "search"
 want a quiet machine.
@@ -38,7 +38,7 @@ from tvm_compress.rpc.device import open_device
 from tvm_compress.rpc.emulated_a72 import EmulatedA72
 from tvm_compress.rpc.emulation_kit import prepare
 from tvm_compress.rpc.store import MeasurementStore
-from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.schedules.target_rules import parse_target
 from tvm_compress.search.latency import LatencyMeter
 from tvm_compress.search.latency_fit import (
     Evaluation,
@@ -49,7 +49,7 @@ from tvm_compress.search.latency_fit import (
 )
 from tvm_compress.search.latency_sources import KernelLatency, MeasuredLatency
 from tvm_compress.search.run import run_search
-from tvm_compress.search.sampling import KernelSampler, random_policy, subject_of
+from tvm_compress.search.sampling import KernelSampler
 from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
 
 Part = tuple[list[Figure], dict[str, Any]]
@@ -142,28 +142,23 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
 
 
 def warm(arguments: argparse.Namespace) -> Part:
-    """Seconds for the latency of one more policy, by kernels and by whole networks, in one study each."""
+    """Seconds for the latency of one more policy of a search, by kernels and by whole networks."""
     model = load_model(SAMPLE)
+    split = load_data(SAMPLE, model, 0)
     taken: dict[str, list[float]] = {}
-    for mode in ("kernels", "measure"):
-        policies = 60 if mode == "kernels" else 10
+    for mode, source, episodes in (("kernels", KernelLatency, 60), ("measure", MeasuredLatency, 12)):
+        taken[mode] = []
+        # Whole networks, which a search by kernels measures now and then, are no part of a policy's latency.
+        settings = SearchSettings(
+            latency=mode, episodes=episodes, budget=0.45, finetune_epochs=0, refine=1, measure_every=10**6
+        )
         with (
             tempfile.TemporaryDirectory() as folder,
-            open_meter("local", model, Path(folder) / "measurements.sqlite") as meter,
+            patch.object(source, "latency", _timed(source.latency, taken[mode])),
         ):
-            meter.set_dense(model.module, "dense")
-            rng = np.random.default_rng(0)
-            compressor, problem = subject_of(model, rules_for(meter.target), rng)
-            settings = SearchSettings(measure_every=10**6)
-            source = KernelLatency(meter, settings) if mode == "kernels" else MeasuredLatency(meter)
-            taken[mode] = []
-            for number in range(policies):
-                module = compressor.apply(random_policy(problem, rng)).integer_module
-                start = time.perf_counter()
-                source.latency(module, f"policy {number}", number, 0.5)
-                taken[mode].append(time.perf_counter() - start)
-    last = float(np.median(taken["kernels"][30:]))
-    whole = float(np.median(taken["measure"]))
+            run_search(model, split, settings, Path(folder) / "study")
+    last = float(np.median(taken["kernels"][30:60]))
+    whole = float(np.median(taken["measure"][:12]))
     figures = [
         Figure(
             "local: latency of one more policy in a warm study (ResNet-8), median",
@@ -171,11 +166,23 @@ def warm(arguments: argparse.Namespace) -> Part:
             "s",
             0.5,
             "<=",
-            note=f"the last 30 of 60 random policies; build and measure: {whole:.2f} s, "
+            note=f"episodes 31 to 60 of a search by kernels; build and measure: {whole:.2f} s, "
             f"{whole / last:.1f} times as long",
         )
     ]
     return figures, {"seconds": taken}
+
+
+def _timed(latency: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """Wrap a latency source's method: what each call takes goes into a list."""
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        found = latency(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    return timed
 
 
 def resnet18(arguments: argparse.Namespace) -> Part:
