@@ -19,7 +19,6 @@ from tvm_compress.rpc.device import (
     median_and_spread,
 )
 from tvm_compress.rpc.health import find_problems, warn_once
-from tvm_compress.rpc.measure import latency_ratio
 from tvm_compress.rpc.program import Callee, Kernel
 from tvm_compress.rpc.worker import WITHOUT_NETWORK, Worker
 from tvm_compress.rpc.worker_session import WorkerSession
@@ -60,38 +59,24 @@ class ClockSession(WorkerSession):
     def _time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """Do what `time_many` promises."""
 
-    def time_kernels(
-        self,
-        library: Path,
-        kernels: Mapping[str, ArgumentSpecs],
-        reference: tuple[str, ArgumentSpecs] | None = None,
-    ) -> dict[str, LatencyResult]:
+    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`."""
         limit = self.settings.timeout_s
         loaded: dict[str, Any] = {}
 
-        def prepare(name: str, specs: ArgumentSpecs) -> Callee:
+        def prepare(name: str) -> Callee:
             worker = self._ready_worker()
             if loaded.get("worker") is not worker:
                 module, file = worker.load(Path(library), limit, self._kernel_loader(worker))
                 loaded.update(worker=worker, module=module, file=file)
-            return Kernel(worker, loaded["module"], loaded["file"], name, specs, limit)
-
-        def timing(name: str, specs: ArgumentSpecs) -> Timing:
-            return Timing(lambda: prepare(name, specs), self.settings)
+            return Kernel(worker, loaded["module"], loaded["file"], name, kernels[name], limit)
 
         # One kernel after the other: after a crash only the next one has to be loaded again.
         results: dict[str, LatencyResult] = {}
-        for name, specs in kernels.items():
-            beside = {} if reference is None else {reference[0]: timing(*reference)}
-            sampled = sample_in_rounds({**beside, name: timing(name, specs)}, self.settings)
-            results[name] = sampled[name]
-            for other in beside:
-                ratio = latency_ratio(sampled[name], sampled[other])
-                if ratio is not None:
-                    counters = results[name].counters | {"reference_ratio": ratio}
-                    results[name] = replace(results[name], counters=counters)
-            if not all(result.ok for result in sampled.values()):
+        for name in kernels:
+            timing = Timing(lambda n=name: prepare(n), self.settings)  # type: ignore[misc]
+            results |= sample_in_rounds({name: timing}, self.settings)
+            if not results[name].ok:
                 loaded.clear()
                 self.close()
         return results

@@ -137,7 +137,7 @@ class LatencyResult:
         The part of the value spent in each kernel, by the name of its function, where it is known.
     counters
         Whatever else the device counted, such as "instructions"; of a clock, "calls_per_sample" and, where
-        caches were flushed, "cache_flush_bytes", and for kernels beside a reference "reference_ratio".
+        caches were flushed, "cache_flush_bytes".
     breakdown
         By kernel, what its part of the value is made of, by name, where it is known.
     error
@@ -295,12 +295,7 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def time_kernels(
-        self,
-        library: Path,
-        kernels: Mapping[str, ArgumentSpecs],
-        reference: tuple[str, ArgumentSpecs] | None = None,
-    ) -> dict[str, LatencyResult]:
+    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """Measure functions of a library, each alone.
 
         Parameters
@@ -310,10 +305,6 @@ class Session(ABC):
         kernels
             By function name, the shape and dtype of each argument in destination-passing style, outputs
             last. Arguments are filled with small values.
-        reference
-            A further function, in turn with which each kernel is sampled, so that drift cancels: the median
-            ratio within the rounds is each result's counter "reference_ratio". A device whose figures do not
-            drift passes over it.
         """
 
     def health(self) -> dict[str, Any]:

@@ -123,14 +123,8 @@ class EmulatedSession(WorkerSession):
 
         return self._recall(library, "main", inputs, count)
 
-    def time_kernels(
-        self,
-        library: Path,
-        kernels: Mapping[str, ArgumentSpecs],
-        reference: tuple[str, ArgumentSpecs] | None = None,
-    ) -> dict[str, LatencyResult]:
-        """See `Session.time_kernels`; estimates do not drift."""
-        del reference
+    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
+        """See `Session.time_kernels`."""
         limit, path = self.settings.timeout_s, Path(library)
         results: dict[str, LatencyResult] = {}
         with contextlib.ExitStack() as stack:

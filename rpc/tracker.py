@@ -194,19 +194,14 @@ class TrackerSession(ClockSession):
 
         return prepare
 
-    def time_kernels(
-        self,
-        library: Path,
-        kernels: Mapping[str, ArgumentSpecs],
-        reference: tuple[str, ArgumentSpecs] | None = None,
-    ) -> dict[str, LatencyResult]:
+    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
         """See `Session.time_kernels`; a kernel that fails is tried once more on another board."""
         results: dict[str, LatencyResult] = {}
         time_kernels = super().time_kernels
         for name, specs in kernels.items():
 
             def one(name: str = name, specs: ArgumentSpecs = specs) -> LatencyResult:
-                result = time_kernels(library, {name: specs}, reference)[name]
+                result = time_kernels(library, {name: specs})[name]
                 if result.error is not None:
                     raise DeviceFailedError(*result.error)
                 return result

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import te
 
 from tvm_compress.errors import DeviceError
 from tvm_compress.passes.pipeline import Compiled, build
@@ -22,19 +21,16 @@ from tvm_compress.rpc.device import ArgumentSpecs, Device, LatencyResult, Measur
 from tvm_compress.rpc.measure import measure
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo
-from tvm_compress.schedules.kernel_key import target_digest
 
 # How the search times a library: short, since the dense model is timed along with each candidate.
 SHORT = MeasurementSettings(repeat=9, min_repeat_ms=8.0)
 # How it times those that may win: the best of many short measurements is the luckiest one too.
 THOROUGH = MeasurementSettings(repeat=30, min_repeat_ms=20.0)
-# The same for a single kernel, and for the reference beside it.
-KERNEL_SAMPLES = 5
-KERNEL_SAMPLE_MS = 2.0
-# The kernel beside which all others are timed: its name, and multiply-adds on each of its numbers.
-REFERENCE = "reference"
-REFERENCE_SIZE, REFERENCE_DEPTH = 1024, 64
-REFERENCE_SPECS: ArgumentSpecs = [((REFERENCE_SIZE,), "float32")] * 2
+# The same for a single kernel. A clock times all kernels so many times over, and the fastest of the medians
+# counts: what others do on the machine only adds to a time, and lasts longer than a few samples in a row.
+KERNEL_SAMPLES = 3
+KERNEL_SAMPLE_MS = 1.0
+KERNEL_PASSES = 6
 
 
 def structure_key(policy: CompressionPolicy, model: str, where: str) -> str:
@@ -85,7 +81,6 @@ class LatencyMeter:
         self._stack = ExitStack()
         self._session: Session | None = None
         self._kernel_session: Session | None = None
-        self._reference: LatencyResult | None = None
         self._dense_library: Path | None = None
         self._dense: LatencyResult | None = None
 
@@ -121,7 +116,7 @@ class LatencyMeter:
         if found is None:
             found = self._open().time_many({"dense": (self._dense_library, self._inputs)})["dense"]
             if not found.ok:
-                raise _failure(self.device, "dense model", found)
+                raise _failure(self.device, found)
             self._put(key, found, {"what": "dense"})
         self._dense = found
         return found
@@ -157,7 +152,7 @@ class LatencyMeter:
             if result.ok:
                 break
         if not result.ok and not timed["dense"].result.ok:
-            raise _failure(self.device, "dense model", timed["dense"].result)
+            raise _failure(self.device, timed["dense"].result)
         provenance = {"what": "policy", "raw": result.value if result.ok else None, "ratio": ratio}
         if ratio is not None:
             result = replace(result, value=ratio * self.dense.value)
@@ -179,41 +174,30 @@ class LatencyMeter:
         # Kernels of several networks may share a name.
         missing = {f"kernel{i}": k for i, k in enumerate(k for k in distinct.values() if k.key not in found)}
         if missing:
-            library = self._library_of({name: kernel.func for name, kernel in missing.items()})
-            specs = {name: _argument_specs(kernel.func) for name, kernel in missing.items()}
-            reference = (REFERENCE, REFERENCE_SPECS)
-            timed = self._open_for_kernels().time_kernels(library, specs, reference)
-            for name, result in timed.items():
+            specs = {name: argument_specs(k) for name, k in missing.items()}
+            for name, result in self._time_apart(self._library_of(missing), specs).items():
                 if result.ok:
                     kernel = missing[name]
+                    found[kernel.key] = result
                     facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
-                    found[kernel.key] = self._without_drift(result)
-                    self._put(_kernel_key(kernel), found[kernel.key], facts | {"raw": result.value})
+                    self._put(_kernel_key(kernel), result, facts)
         return found
 
-    def _without_drift(self, result: LatencyResult) -> LatencyResult:
-        """Latency of a kernel as if the device were as fast as when it first ran the reference kernel."""
-        ratio = result.counters.get("reference_ratio")
-        if ratio is None:
-            return result
-        if self._reference is None:
-            key = f"{REFERENCE}-{target_digest(self.target)}"
-            self._reference = self._stored(key, self._kernel_settings)
-            if self._reference is None:
-                specs = {REFERENCE: REFERENCE_SPECS}
-                timed = self._open_for_kernels().time_kernels(self._library_of({}), specs)
-                self._reference = timed[REFERENCE]
-                if not self._reference.ok:
-                    raise _failure(self.device, "reference kernel", self._reference)
-                self._put(key, self._reference, {"what": "reference"})
-        return replace(result, value=ratio * self._reference.value)
+    def _time_apart(self, library: Path, specs: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
+        """Time kernels, in passes over all of them where a clock does it; what fails is not tried again."""
+        session = self._open_for_kernels()
+        best = session.time_kernels(library, specs)
+        for _ in range(KERNEL_PASSES - 1 if self.device.unit == "seconds" else 0):
+            going = {name: specs[name] for name, result in best.items() if result.ok}
+            for name, result in session.time_kernels(library, going).items():
+                if not result.ok or result.value < best[name].value:
+                    best[name] = result
+        return best
 
-    def _library_of(self, kernels: Mapping[str, tvm.tirx.PrimFunc]) -> Path:
-        """Build kernels, and the reference kernel beside them."""
-        functions = {**kernels, REFERENCE: _reference_kernel()}
-        named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+    def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
+        functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
         path = self._folder / "kernels.so"
-        compiled = tvm.compile(tvm.IRModule(named), self.target)
+        compiled = tvm.compile(tvm.IRModule(functions), self.target)
         compiled.export_library(str(path), fcompile=self._linker())
         return path
 
@@ -238,9 +222,9 @@ class LatencyMeter:
         self.store.put(key, self.device.stored_as, result, {**self.device.describe(), **provenance})
 
 
-def _failure(device: Device, what: str, result: LatencyResult) -> DeviceError:
+def _failure(device: Device, result: LatencyResult) -> DeviceError:
     kind, text = result.error or ("crash", "no reason was given")
-    return DeviceError(f"The device {device.name} failed on the {what} ({kind}): {text}")
+    return DeviceError(f"The device {device.name} failed on the dense model ({kind}): {text}")
 
 
 KERNEL_PREFIX = "kernel-"
@@ -250,20 +234,6 @@ def _kernel_key(kernel: KernelInfo) -> str:
     return KERNEL_PREFIX + kernel.key
 
 
-def _argument_specs(kernel: tvm.tirx.PrimFunc) -> ArgumentSpecs:
+def argument_specs(kernel: KernelInfo) -> ArgumentSpecs:
     """Shape and dtype of each argument of a kernel, outputs last."""
-    return [([int(extent) for extent in p.shape], str(p.dtype)) for p in kernel.params]
-
-
-def _reference_kernel() -> tvm.tirx.PrimFunc:
-    """Multiply-adds on numbers that stay in the first cache: as fast as the core is just now."""
-    x = te.placeholder((REFERENCE_SIZE,), "float32", "x")
-    k = te.reduce_axis((0, REFERENCE_DEPTH), "k")
-    y = te.compute((REFERENCE_SIZE,), lambda i: te.sum(x[i] * k.var.astype("float32"), axis=[k]), "y")
-    schedule = tvm.s_tir.Schedule(te.create_prim_func([x, y]))
-    block = schedule.get_sblock("y")
-    i, depth = schedule.get_loops(block)
-    outer, inner = schedule.split(i, [None, 64])
-    schedule.reorder(outer, depth, inner)
-    schedule.vectorize(inner)
-    return schedule.mod["main"]
+    return [([int(extent) for extent in p.shape], str(p.dtype)) for p in kernel.func.params]
