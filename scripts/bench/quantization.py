@@ -17,7 +17,7 @@ from figures import Figure, write
 from train import as_model, load_resnet18
 
 from tvm_compress.compression import compress_model, uniform_policy
-from tvm_compress.compressor import realize
+from tvm_compress.compressor import PostTraining, realize
 from tvm_compress.data.dataset import Split
 from tvm_compress.model import Model
 from tvm_compress.twin import Twin
@@ -33,7 +33,9 @@ def point(model: Model, split: Split, bits: tuple[int, int], method: str) -> dic
     """Accuracy of one policy for all sites that can be so; the first and last stay as their kernels allow."""
     policy = uniform_policy(model, target="host", weight_bits=bits[0], activation_bits=bits[1])
     start = time.process_time()
-    compressed = compress_model(model, policy, split, images=IMAGES, weight_rounding=method)
+    compressed = compress_model(
+        model, policy, split, images=IMAGES, post_training=PostTraining(weight_rounding=method)
+    )
     seconds = time.process_time() - start
     twin = Twin(realize(compressed.module))
     accuracy = twin.accuracy(split.test.normalized(), split.test.y)
