@@ -40,7 +40,8 @@ def uniform_policy(
 ) -> CompressionPolicy:
     """Policy that treats every site alike: the same share of channels removed, the same bits.
 
-    32 bits leave a site in fp32, 8 make it INT8, 1 to 6 bit-serial where the target's rule allows it.
+    32 bits leave a site in fp32; 8-bit activations make it INT8, its weights on a grid of 1 to 8 bits; 1 to 6
+    bits make it bit-serial where the target's rule allows it.
 
     Raises
     ------
@@ -80,13 +81,13 @@ def uniform_policy(
 def _scheme(weight_bits: int, activation_bits: int) -> str:
     if (weight_bits, activation_bits) == (32, 32):
         return "fp32"
-    if (weight_bits, activation_bits) == (8, 8):
+    if 1 <= weight_bits <= 8 and activation_bits == 8:
         return "int8"
     if 1 <= weight_bits <= 6 and 1 <= activation_bits <= 6:
         return "bitserial"
     raise SettingError(
         f"No scheme computes {weight_bits}-bit weights with {activation_bits}-bit activations.",
-        "Use 32 and 32 (fp32), 8 and 8 (INT8), or 1 to 6 each (bit-serial).",
+        "Use 32 and 32 (fp32), 1 to 8 and 8 (INT8), or 1 to 6 each (bit-serial).",
     )
 
 

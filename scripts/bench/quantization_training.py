@@ -37,9 +37,9 @@ ADAPTATION = {"resnet20": (4, 0.01)}
 # Rounds and the learning rate of the first, by network and (weight, activation) bits.
 ROUNDS = {
     ("resnet20", (2, 2)): (9, 0.02),
-    ("resnet18-w32", (2, 2)): (6, 0.02),
-    ("resnet20", (4, 4)): (4, 0.01),
-    ("resnet18-w32", (4, 4)): (3, 0.005),
+    ("resnet18-w32", (2, 2)): (4, 0.02),
+    ("resnet20", (4, 4)): (3, 0.01),
+    ("resnet18-w32", (4, 4)): (2, 0.005),
 }
 
 

@@ -83,7 +83,7 @@ def compress(
         float | None, typer.Option(help="Share of the channels to remove, without --policy. Default 0.")
     ] = None,
     weight_bits: Annotated[
-        int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 4.")
+        int | None, typer.Option(help="32, or 1 to 8, without --policy. Default 32; esn: 4.")
     ] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 8.")
