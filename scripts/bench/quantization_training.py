@@ -10,6 +10,7 @@ the issue has in mind; `ROUNDS` says how many. `--rounds N` does the next N that
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,24 @@ from tvm_compress.model import Model
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.twin import Twin
 
+
+def _falling(rounds: int, first: float) -> tuple[float, ...]:
+    """Learning rates that fall linearly."""
+    return tuple(first * (1 - number / rounds) for number in range(rounds))
+
+
 NETWORKS = ("resnet20", "resnet18-w32")
 CALIBRATION_IMAGES = 512
 ROUND_IMAGES = 5_000
 AUGMENT = "shift+mirror"
 # The ResNet-20 was trained on other images (PNG): it sees ours before anything is compared with it.
-ADAPTATION = {"resnet20": (4, 0.01)}
-# Rounds and the learning rate of the first, by network and (weight, activation) bits.
+ADAPTATION = {"resnet20": _falling(4, 0.01)}
+# Learning rate of each round, by network and (weight, activation) bits.
 ROUNDS = {
-    ("resnet20", (2, 2)): (9, 0.02),
-    ("resnet18-w32", (2, 2)): (4, 0.02),
-    ("resnet20", (4, 4)): (3, 0.01),
-    ("resnet18-w32", (4, 4)): (2, 0.005),
+    ("resnet20", (2, 2)): (*_falling(9, 0.02), *_falling(3, 0.005)),
+    ("resnet18-w32", (2, 2)): _falling(4, 0.02),
+    ("resnet20", (4, 4)): _falling(3, 0.01),
+    ("resnet18-w32", (4, 4)): _falling(2, 0.005),
 }
 
 
@@ -81,12 +88,12 @@ def adapted_task(name: str, shared: Path | None = None, cache: Path | None = Non
     task = load_task(name, shared, cache)
     if name not in ADAPTATION:
         return task
-    return replace(task, model=Model.load(_finished(task, "adapted", ADAPTATION[name][0])))
+    return replace(task, model=Model.load(_finished(task, "adapted", len(ADAPTATION[name]))))
 
 
 def trained(task: Task, bits: tuple[int, int]) -> Model:
     """Give the network after its quantization-aware training, which must be done."""
-    return Model.load(_finished(task, f"w{bits[0]}a{bits[1]}", ROUNDS[task.name, bits][0]))
+    return Model.load(_finished(task, f"w{bits[0]}a{bits[1]}", len(ROUNDS[task.name, bits])))
 
 
 def _finished(task: Task, what: str, rounds: int) -> Path:
@@ -101,13 +108,13 @@ def policy_of(model: Model, bits: tuple[int, int]) -> CompressionPolicy:
     return uniform_policy(model, target="host", weight_bits=bits[0], activation_bits=bits[1])
 
 
-def _round(task: Task, model: Model, number: int, of: int, rate: float, teacher: Twin | None) -> Model:
+def _round(task: Task, model: Model, number: int, rate: float, teacher: Twin | None) -> Model:
     train = task.split.train.subset(ROUND_IMAGES, np.random.default_rng((1, number)))
     module = finetune(
         model.module,
         train,
         epochs=1,
-        learning_rate=rate * (1 - number / of),
+        learning_rate=rate,
         seed=number,
         teacher=teacher,
         augment=AUGMENT,
@@ -116,10 +123,10 @@ def _round(task: Task, model: Model, number: int, of: int, rate: float, teacher:
 
 
 def _series(
-    task: Task, what: str, start: Model, rounds: int, rate: float, teacher: Twin | None, left: int
+    task: Task, what: str, start: Model, rates: Sequence[float], teacher: Twin | None, left: int
 ) -> int:
     """Do up to `left` missing rounds of a series; give how many are still allowed."""
-    for number in range(rounds):
+    for number, rate in enumerate(rates):
         path = task.folder / f"{what}-{number + 1}"
         if (path / "round.json").is_file():
             continue
@@ -127,11 +134,11 @@ def _series(
             return 0
         begun = time.process_time()
         before = Model.load(task.folder / f"{what}-{number}") if number else start
-        after = _round(task, before, number, rounds, rate, teacher)
+        after = _round(task, before, number, rate, teacher)
         path.parent.mkdir(parents=True, exist_ok=True)
         after.save(path)
         said: dict[str, Any] = {"round": number + 1, "processor_seconds": time.process_time() - begun}
-        said["accuracy"] = task.evaluate(after) if number + 1 in (1, rounds) else None
+        said["accuracy"] = task.evaluate(after) if number + 1 in (1, len(rates)) else None
         write_text(path / "round.json", json.dumps(said) + "\n")
         print(task.name, what, said, flush=True)
         left -= 1
@@ -148,17 +155,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     left = arguments.rounds
-    for name, (rounds, rate) in ADAPTATION.items():
+    for name, rates in ADAPTATION.items():
         task = load_task(name, arguments.shared, arguments.cache)
-        left = _series(task, "adapted", task.model, rounds, rate, None, left)
-    for (name, bits), (rounds, rate) in ROUNDS.items():
+        left = _series(task, "adapted", task.model, rates, None, left)
+    for (name, bits), rates in ROUNDS.items():
         if not left:
             break
         task = adapted_task(name, arguments.shared, arguments.cache)
         policy = policy_of(task.model, bits)
         module = Compressor(task.model.module, task.calibration, None).quantize(task.model.module, policy)
         start = compressed_model(task.model, policy, module)
-        left = _series(task, f"w{bits[0]}a{bits[1]}", start, rounds, rate, Twin(task.model.module), left)
+        left = _series(task, f"w{bits[0]}a{bits[1]}", start, rates, Twin(task.model.module), left)
 
 
 if __name__ == "__main__":
