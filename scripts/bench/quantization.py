@@ -1,18 +1,18 @@
 """Quantization of ResNet-20 and ResNet-18 w32, CIFAR-10 (JPEG q75): post-training, trained, and deployed.
 
 usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--cache FOLDER] [--only PART]
-                                            [--points N]
+                                            [--points N] [--kept]
 
 512 calibration images without labels give ranges, rounding and corrections. Accuracy is that of the integers
 (the twin's, which the built library's equal), on 5,000 test images. `quantization_training.py` trains first.
-Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones. The
-part "peer" needs the extra `bench` (ONNX Runtime).
+Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones, `--kept`
+writes what is there. The part "peer" needs the extra `bench` (ONNX Runtime).
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,17 @@ class Bench:
     shared: Path | None
     cache: Path | None
     points: int
+    kept_only: bool = False
+    missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tasks = {name: adapted_task(name, self.shared, self.cache) for name in NETWORKS}
 
-    def point(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Give a point that is kept, or measure it."""
+    def point(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Give a point that is kept, or measure it; None where only kept ones are wanted."""
+        if not path.is_file() and self.kept_only:
+            self.missing.append(f"{path.parent.name}/{path.stem}")
+            return None
         if not path.is_file():
             if self.points == 0:
                 raise EnoughError
@@ -129,7 +134,7 @@ def qat(task: Task, bits: tuple[int, int]) -> dict[str, Any]:
 
 def measure(bench: Bench, parts: list[str]) -> list[dict[str, Any]]:
     """Give the points of some parts, with each network's dense accuracy first."""
-    points = []
+    points: list[dict[str, Any] | None] = []
     for task in bench.tasks.values():
         x, y = task.split.test.normalized(), task.split.test.y
         dense = bench.point(
@@ -145,7 +150,7 @@ def measure(bench: Bench, parts: list[str]) -> list[dict[str, Any]]:
         for part, (path, make) in jobs(task):
             if part in parts:
                 points.append(bench.point(path, make))
-    return points
+    return [point for point in points if point is not None]
 
 
 Job = tuple[Path, Callable[[], dict[str, Any]]]
@@ -250,9 +255,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--only", choices=PARTS, action="append", help="repeatable; all by default")
     parser.add_argument("--points", type=int, default=-1, help="at most so many new ones")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, write the points that are kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(arguments.shared, arguments.cache, arguments.points)
+    bench = Bench(arguments.shared, arguments.cache, arguments.points, arguments.kept)
     try:
         points = measure(bench, arguments.only or list(PARTS))
     except EnoughError:
@@ -262,6 +268,7 @@ def main() -> None:
         "calibration images": CALIBRATION_IMAGES,
         "test images": len(bench.tasks[NETWORKS[0]].split.test),
         "first and last site": "8 bits",
+        "not measured": bench.missing,
     }
     write(arguments.json, "quantization", settings, figures_of(points), points)
 

@@ -1,6 +1,7 @@
 """Policies applied without a search: uniform ones, bad ones, and the same for an ONNX file as for torch."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.passes.numpy_interpreter import calls
 from tvm_compress.compression import compress_model, uniform_policy
 from tvm_compress.compressor import realize
 from tvm_compress.data.dataset import Split
-from tvm_compress.errors import ModelError, PolicyError, SettingError
+from tvm_compress.errors import DataError, ModelError, PolicyError, SettingError
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
 from tvm_compress.passes.pipeline import build
@@ -117,3 +118,19 @@ def test_weights_of_few_bits_with_8_bit_activations(sample: Model, split: Split,
     for image in split.test.normalized(slice(0, 3)):
         found = machine["main"](tvm.runtime.tensor(image[None])).numpy()
         np.testing.assert_allclose(found, Twin(integer).predict(image[None]), rtol=1e-5, atol=1e-5)
+
+
+def test_calibration_sets_that_cannot_be_and_the_smallest_one(sample: Model, split: Split) -> None:
+    policy = uniform_policy(sample, target="host", weight_bits=8, activation_bits=8)
+    with pytest.raises(SettingError, match="images is 0"):
+        compress_model(sample, policy, split, images=0)
+    model = compress_model(sample, policy, split, images=1)
+    assert np.isfinite(Twin(realize(model.module)).predict(split.test.normalized(slice(0, 2)))).all()
+
+
+def test_constant_activations_name_the_site(sample: Model, split: Split) -> None:
+    mean = np.float32(split.train.normalization.mean[0])
+    grey = replace(split.train, x=np.full(split.train.x.shape, mean, np.float32))
+    policy = uniform_policy(sample, target="host", weight_bits=8, activation_bits=8)
+    with pytest.raises(DataError, match=r"'conv1'.*constant"):
+        compress_model(sample, policy, replace(split, train=grey), images=8)
