@@ -5,8 +5,8 @@ usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--c
 
 512 calibration images without labels give ranges, rounding and corrections. Accuracy is that of the integers
 (the twin's, which the built library's equal), on 5,000 test images. `quantization_training.py` trains first.
-Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones, `--kept`
-writes what is there. The part "peer" needs the extra `bench` (ONNX Runtime).
+Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones,
+`--kept` writes what is there. The part "peer" needs the extra `bench` (ONNX Runtime).
 """
 
 import argparse
