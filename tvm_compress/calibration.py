@@ -56,12 +56,15 @@ class Observation:
         centers[0], centers[-1] = self.low, self.high
         return centers
 
-    def clipped(self, low: float, high: float) -> float:
-        """Share of the values outside of [low, high], to a bin; 0.0 where nothing was counted."""
+    def clipped(self, low: float, high: float, bits: int) -> float:
+        """Share of the values beyond what `bits` bits for [low, high] round to; 0.0 if nothing was counted.
+
+        What lies outside of moving averages counts as beyond.
+        """
         if not len(self.counts) or not self.values or self.low == self.high:
             return 0.0
-        # A bound of the search may stand anywhere in a bin: half of one is no clipping.
-        slack = (self.high - self.low) / len(self.counts) / 2
+        # Half a step beyond the last integer is still rounded to it; a bound may stand anywhere in a bin.
+        slack = max((high - low) / (2**bits - 1), (self.high - self.low) / len(self.counts)) / 2
         inside = (self.centers >= low - slack) & (self.centers <= high + slack)
         return float(1 - self.counts[inside].sum() / self.values)
 
@@ -81,7 +84,7 @@ class RangeReport:
     low, high
         What the quantizer covers.
     clipped
-        Share of the observed values outside of that.
+        Share of the observed values that the first or last integer stands for though they lie beyond it.
     """
 
     sites: tuple[str, ...]
@@ -166,7 +169,9 @@ class Calibration:
             for width in sorted({bits[site] for site in sites if site in bits}, reverse=True):
                 readers = tuple(site for site in sites if bits.get(site) == width)
                 low, high = self.range(readers[0], width)
-                row = RangeReport(readers, width, seen.low, seen.high, low, high, seen.clipped(low, high))
+                row = RangeReport(
+                    readers, width, seen.low, seen.high, low, high, seen.clipped(low, high, width)
+                )
                 rows.append(row)
         return rows
 
