@@ -167,7 +167,7 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
         slug = "".join(c if c.isalnum() else "-" for c in name)
         found.append((part, (task.folder / f"{part}-{slug}.json", make)))
 
-    for bits in TRAINED_GOALS:
+    for bits in (bits for name, bits in ROUNDS if name == task.name):
         add("trained", f"w{bits[0]}a{bits[1]}", lambda b=bits: qat(task, b))
     for bits, options in OPTIONS.items():
         for name, how in options.items():

@@ -44,9 +44,8 @@ ADAPTATION = {"resnet20": _falling(4, 0.01)}
 # Learning rate of each round, by network and (weight, activation) bits.
 ROUNDS = {
     ("resnet20", (2, 2)): (*_falling(9, 0.02), *_falling(3, 0.005)),
-    ("resnet18-w32", (2, 2)): _falling(4, 0.02),
     ("resnet20", (4, 4)): _falling(3, 0.01),
-    ("resnet18-w32", (4, 4)): _falling(2, 0.005),
+    ("resnet18-w32", (2, 2)): _falling(4, 0.02)[:2],
 }
 
 

@@ -1,6 +1,7 @@
 """ONNX models that are quantized already: read with their own scales, computed in integers."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ class Qdq:
     """Builds a quantized ONNX model layer by layer, as ONNX Runtime's static quantization writes them."""
 
     seed: int = 0
-    activation: type = np.int8
+    activation: Any = np.int8
     opset: int = 13
     nodes: list = field(default_factory=list)
     constants: dict = field(default_factory=dict)
@@ -149,7 +150,7 @@ def conv(x, w, b, attrs):
     return conv2d(x.transpose(0, 2, 3, 1), w, settings_).transpose(0, 3, 1, 2) + b.reshape(1, -1, 1, 1)
 
 
-OPERATORS = {
+OPERATORS: dict[str, Any] = {
     "QuantizeLinear": quantize,
     "DequantizeLinear": dequantize,
     "Conv": conv,
@@ -275,7 +276,9 @@ def test_16_bit_activations_leave_their_layer_in_float():
     )
     with pytest.warns(QuantizedImportWarning, match="'d'.*float"):
         model = Model.from_onnx(onnx_model)
-    assert [site.scheme for site in (model_policy(model) or {}).sites.values()] == ["int8", "fp32"]
+    policy = model_policy(model)
+    assert policy is not None
+    assert [site.scheme for site in policy.sites.values()] == ["int8", "fp32"]
     found = Twin(realize(model.module)).predict(images())
     np.testing.assert_allclose(found, evaluate(onnx_model, images()), atol=2e-3)
 

@@ -89,21 +89,21 @@ def activation_nodes(
     scale, zero_point, _ = _arguments(quantize, constants, 1)
     scale_after, zero_point_after, _ = _arguments(dequantize, constants, 1)
     dtype = _type_of(quantize, zero_point)
-    points = [
+    before, after = [
         np.zeros(1, np.int32) if z is None else z.astype(np.int32) for z in (zero_point, zero_point_after)
     ]
-    if not (np.array_equal(scale, scale_after) and np.array_equal(*points)):
+    if not (np.array_equal(scale, scale_after) and np.array_equal(before, after)):
         raise ModelError(
             f"QuantizeLinear {quantize.name!r} and DequantizeLinear {dequantize.name!r} differ in scale or "
             "zero point."
         )
-    if scale.size != 1 or points[0].size != 1:
+    if scale.size != 1 or before.size != 1:
         return "its input has several scales or zero points; the kernels take one"
     if dtype not in _BYTES:
         return f"its input is quantized to {dtype}; the kernels take bytes"
     names = [f"{quantize.output[0]}_int8_{what}" for what in ("scale", "zero_point")]
     constants[names[0]] = np.asarray(scale, np.float32).reshape(())
-    constants[names[1]] = np.asarray(int(points[0].reshape(())) - _BYTES[dtype], np.int8)
+    constants[names[1]] = np.asarray(int(before.reshape(())) - _BYTES[dtype], np.int8)
     return [
         helper.make_node("QuantizeLinear", [quantize.input[0], *names], [quantize.output[0]], quantize.name),
         helper.make_node(

@@ -85,7 +85,6 @@ def _why_not(grid: WeightGrid | None) -> str:
 
 
 def _reads_integers(tensor: relax.Var, defined: Mapping[relax.Var, relax.Expr]) -> bool:
-    value = defined.get(tensor)
-    while operator(value) in _MOVES:
-        value = defined.get(value.args[0])
-    return operator(value) == "relax.dequantize"
+    while operator(defined.get(tensor)) in _MOVES:
+        tensor = defined[tensor].args[0]
+    return operator(defined.get(tensor)) == "relax.dequantize"
