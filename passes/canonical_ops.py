@@ -11,6 +11,7 @@ from tvm_compress.passes import canonical_shapes
 from tvm_compress.passes.canonical_values import (
     Array,
     Builder,
+    Quantizer,
     Tensor,
     UnsupportedFormError,
     Value,
@@ -280,6 +281,33 @@ def _bound(upper: bool) -> Callable[..., Tensor]:
     return handle
 
 
+def _quantize(build: Builder, call: relax.Call, data: Value, scale: Value, zero_point: Value) -> Tensor:
+    value, step = as_tensor(data), as_array(scale, "scale")
+    point = as_array(zero_point, "zero point")
+    if step.value.size != 1 or point.value.size != 1 or str(call.ty.dtype) != "int8":
+        raise UnsupportedFormError("activations have one scale and one zero point, and become int8")
+    single = Array(step.value.reshape(()).astype(np.float32))
+    parameter = build.parameter(single, f"quantize_{build.number('quantize')}.scale")
+    chosen = Quantizer(parameter, float(single.value), int(point.value.reshape(())))
+    zero = relax.const(chosen.zero_point, "int8")
+    made = build.like(relax.op.quantize(value.expr, parameter, zero, axis=-1, out_dtype="int8"), value)
+    build.note(made.expr).quantized = chosen
+    return made
+
+
+def _dequantize(build: Builder, call: relax.Call, data: Value, scale: Value, zero_point: Value) -> Tensor:
+    del call
+    value = as_tensor(data)
+    made_by = build.note(value.expr).quantized
+    if made_by is None:
+        raise UnsupportedFormError("only integers that come straight from quantize are dequantized")
+    numbers = _number(scale), int(_number(zero_point))
+    if numbers != (made_by.value, made_by.zero_point):
+        raise UnsupportedFormError(f"it has scale and zero point {numbers}, its quantization others")
+    zero = relax.const(made_by.zero_point, "int8")
+    return build.like(relax.op.dequantize(value.expr, made_by.scale, zero, axis=-1), value)
+
+
 HANDLERS: dict[str, Callable[..., Any]] = {
     "relax.nn.conv2d": _conv2d,
     "relax.matmul": _matmul,
@@ -311,4 +339,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "relax.concat": canonical_shapes.concat,
     "relax.nn.dropout": _dropout,
     "relax.astype": _astype,
+    "relax.quantize": _quantize,
+    "relax.dequantize": _dequantize,
 }

@@ -45,6 +45,15 @@ class Array:
 Value = Tensor | Array
 
 
+@dataclass(frozen=True)
+class Quantizer:
+    """What a quantization computes with: the parameter that holds the scale, its value, the zero point."""
+
+    scale: relax.Var
+    value: float
+    zero_point: int
+
+
 @dataclass
 class _Found:
     """What was emitted under a variable, as far as later operators want to know it."""
@@ -52,6 +61,7 @@ class _Found:
     site: str = ""  # the site's name, where a site computed it that has no bias yet
     clipped: tuple[Tensor, float, float] | None = None  # what was clipped, to which range
     averaged: relax.Expr | None = None  # what R.mean over axes 1 and 2 took
+    quantized: "Quantizer | None" = None  # how integers were made
 
 
 def channels_last(rank: int, axis: int = 1) -> tuple[int, ...]:

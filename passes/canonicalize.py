@@ -55,13 +55,14 @@ _KERNELS = frozenset(
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_compress.Canonicalize")
 class Canonicalize(ModulePass):
-    """Rebuild `main` in the canonical form: importer output -> float.
+    """Rebuild `main` in the canonical form: importer output -> float, or qdq where activations are quantized.
 
     The imported operators are read one by one, with their layouts as bookkeeping: transpositions and reshapes
     to and from extents of 1 cost nothing until an operator needs the axes in another order. Constants and
     parameters are folded through such operators too, and become parameters where a layer takes them, one for
     each use. Names given are kept; what has no name is named after its layer (`BASE.bias`,
-    `BASE.running_mean`). Applying it twice is applying it once.
+    `BASE.running_mean`); the scales of quantized activations become `quantize_N.scale`. Applying it twice is
+    applying it once.
 
     Raises
     ------
@@ -235,11 +236,13 @@ def _finish(module: IRModule, build: Builder) -> IRModule:
     module = relax.transform.DeadCodeElimination()(module)
     function = module["main"]
     read = {arg for _, value in bindings(function) for arg in tensors(value)}
+    quantized = any(operator(value) == "relax.quantize" for _, value in bindings(function))
     read |= set(tensors(function.body.body))
     inputs, variables = list(function.params)[: len(build.inputs)], list(function.params)[len(build.inputs) :]
     variables = [var for var in variables if var in read]
     params = [*inputs, *variables]
     function = relax.Function(params, function.body, function.ret_ty, function.is_pure, function.attrs)
-    function = function.with_attr("num_input", len(build.inputs)).with_attr(STAGE, "float")
+    function = function.with_attr("num_input", len(build.inputs))
+    function = function.with_attr(STAGE, "qdq" if quantized else "float")
     function = with_values(function, [build.parameters[var.name][1] for var in variables])
     return IRModule({module.get_global_var("main"): function})

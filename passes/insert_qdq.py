@@ -137,14 +137,22 @@ class _Inserter:
         return self.builder.emit(relax.op.dequantize(q, scale, zero_point, axis=-1))
 
     def _fake_weight(self, call: SiteCall) -> relax.Var:
+        """Emit a site's weights, quantized and dequantized."""
         bits, scale = self.sites[call.name].weight_bits, self.new_params[call.name + WEIGHT_SCALE]
-        zero_point = relax.const(0, "int8")
-        if bits == 1:
-            q = self.builder.emit(ops.call("binarize", [call.weight]))
-        else:
-            q = self.builder.emit(relax.op.quantize(call.weight, scale, zero_point, axis=0, out_dtype="int8"))
-            q = self.builder.emit(relax.op.clip(q, -weight_limit(bits), weight_limit(bits)))
-        return self.builder.emit(relax.op.dequantize(q, scale, zero_point, axis=0))
+        return emit_quantized_weight(self.builder, call.weight, scale, bits)
+
+
+def emit_quantized_weight(
+    builder: relax.BlockBuilder, weight: relax.Var, scale: relax.Var, bits: int
+) -> relax.Var:
+    """Emit weights, output channels first, quantized by a scale for each, and dequantized."""
+    zero_point = relax.const(0, "int8")
+    if bits == 1:
+        q = builder.emit(ops.call("binarize", [weight]))
+    else:
+        q = builder.emit(relax.op.quantize(weight, scale, zero_point, axis=0, out_dtype="int8"))
+        q = builder.emit(relax.op.clip(q, -weight_limit(bits), weight_limit(bits)))
+    return builder.emit(relax.op.dequantize(q, scale, zero_point, axis=0))
 
 
 def with_args(call: relax.Call, args: list[relax.Expr]) -> relax.Call:

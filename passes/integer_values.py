@@ -257,11 +257,13 @@ class Writer:
 
     def _emit_layer(self, layer: Layer, x: Quantized, folded: IntegerLayer) -> relax.Expr:
         held, bits = x.held, folded.fraction_bits
+        counted = held.dtype == "uint8"
         attrs: dict[str, Any] = {
             "site": layer.site,
-            "scheme": "bitserial" if held.dtype == "uint8" else "int8",
+            "scheme": "bitserial" if counted else "int8",
             "activation_bits": (held.qmax - held.qmin).bit_length(),
-            "weight_bits": layer.bits,
+            # The INT8 kernels are the same for weights on a coarser grid.
+            "weight_bits": layer.bits if counted else 8,
             "zero_point": held.zero_point,
         }
         kind = "dense"

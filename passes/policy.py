@@ -19,6 +19,12 @@ VERSION = 1
 SCHEMES = ("fp32", "int8", "bitserial")
 CRITERIA = ("tolerance", "l1", "l2")
 MAX_BITSERIAL_BITS = 6
+# Weight and activation bits that each scheme allows, from and to.
+_BITS = {
+    "fp32": ((32, 32), (32, 32)),
+    "int8": ((1, 8), (8, 8)),
+    "bitserial": ((1, MAX_BITSERIAL_BITS), (1, MAX_BITSERIAL_BITS)),
+}
 FACTORIZATIONS = ("channel", "spatial")
 GROUP = re.compile(r"element|filter|channel|simd-[1-9][0-9]*|block-[1-9][0-9]*x[1-9][0-9]*")
 
@@ -47,7 +53,8 @@ class SitePolicy:
     kept
         Which of them, ascending; `channels` follows from it where it is not given.
     scheme
-        "fp32" (32/32 bits), "int8" (8/8 bits) or "bitserial" (1 to 6 bits each).
+        "fp32" (32/32 bits), "int8" (8 bits; weights of fewer, 1 to 7, stand on a coarser grid, stored and
+        computed as bytes) or "bitserial" (1 to 6 bits each).
     weight_pruning_ratio
         Share of the site's own weights that are zero, in [0, 1).
     group
@@ -86,9 +93,8 @@ class SitePolicy:
         self._check_channels()
         if self.scheme not in SCHEMES:
             raise PolicyError(f"scheme must be one of {', '.join(SCHEMES)}, not {self.scheme!r}.")
-        low, high = {"fp32": (32, 32), "int8": (8, 8), "bitserial": (1, MAX_BITSERIAL_BITS)}[self.scheme]
-        for name in ("weight_bits", "activation_bits"):
-            bits = getattr(self, name)
+        for name, allowed in zip(("weight_bits", "activation_bits"), _BITS[self.scheme], strict=True):
+            bits, (low, high) = getattr(self, name), allowed
             if not _is_int(bits) or not low <= bits <= high:
                 wanted = str(low) if low == high else f"{low} to {high}"
                 raise PolicyError(f"{name} must be {wanted} with scheme {self.scheme!r}, not {bits!r}.")

@@ -89,6 +89,18 @@ def find_sites(module: IRModule) -> list[Site]:
     return sites
 
 
+def site_outputs(function: relax.Function) -> dict[str, relax.Var]:
+    """Give the variable that each site's output stands in, by name, in order of execution."""
+    defined = definitions(function)
+    outputs = {}
+    for var, value in bindings(function):
+        if operator(value) in _KINDS:
+            weight = weight_parameter(value.args[1], defined, function)
+            if weight is not None:
+                outputs[site_name(weight.name)] = var
+    return outputs
+
+
 def make_site(call: relax.Call, weight: relax.Var) -> Site:
     """Describe the site that a call computes with this weight parameter."""
     kind = _KINDS[operator(call)]

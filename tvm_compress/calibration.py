@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,15 +15,17 @@ from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.files import write_text
 from tvm_compress.twin import Twin
 
-METHODS = ("mse", "minmax", "percentile", "moving_average")
-VERSION = 1
+METHODS = ("mse", "kl", "minmax", "percentile", "moving_average")
+VERSION = 2
 BINS = 2048
 # The share of the values that "percentile" leaves out at each end.
 TAIL = 1e-4
 # Weight of the past in "moving_average".
 MEMORY = 0.9
-# Candidate ranges of the MSE search per pass, as shares of the observed bound.
+# Candidate ranges of a search per pass, as shares of the observed bound.
 _SHARES = np.linspace(1.0, 0.02, 99)
+# Probability that stands for none where a divergence is taken.
+_NO_MASS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Observation:
         Smallest and largest value (with "moving_average": their moving averages over the batches).
     counts
         int64 [BINS]: how many values fell into each of equal bins between low and high; empty where the
-        method needs none.
+        method needs none ("minmax").
+    values
+        How many values there were, also outside of low and high.
     """
 
     low: float
     high: float
     counts: np.ndarray
+    values: int = 0
 
     @property
     def centers(self) -> np.ndarray:
@@ -51,6 +56,45 @@ class Observation:
         centers[0], centers[-1] = self.low, self.high
         return centers
 
+    def clipped(self, low: float, high: float, bits: int) -> float:
+        """Share of the values beyond what `bits` bits for [low, high] round to; 0.0 if nothing was counted.
+
+        What lies outside of moving averages counts as beyond.
+        """
+        if not len(self.counts) or not self.values or self.low == self.high:
+            return 0.0
+        # Half a step beyond the last integer is still rounded to it; a bound may stand anywhere in a bin.
+        slack = max((high - low) / (2**bits - 1), (self.high - self.low) / len(self.counts)) / 2
+        inside = (self.centers >= low - slack) & (self.centers <= high + slack)
+        return float(1 - self.counts[inside].sum() / self.values)
+
+
+@dataclass(frozen=True)
+class RangeReport:
+    """What calibration made of one tensor, for people.
+
+    Attributes
+    ----------
+    sites
+        The sites that read it.
+    bits
+        Of the quantizer.
+    seen_low, seen_high
+        What was observed.
+    low, high
+        What the quantizer covers.
+    clipped
+        Share of the observed values that the first or last integer stands for though they lie beyond it.
+    """
+
+    sites: tuple[str, ...]
+    bits: int
+    seen_low: float
+    seen_high: float
+    low: float
+    high: float
+    clipped: float
+
 
 class Calibration:
     """What the inputs of a module's sites were seen to be.
@@ -58,7 +102,9 @@ class Calibration:
     Parameters
     ----------
     method
-        How ranges follow from the observations: "mse", "minmax", "percentile" or "moving_average".
+        How ranges follow from the observations. "mse": least squared error of the quantized values. "kl":
+        least divergence of their distribution. "percentile": all values but a ten-thousandth at each end.
+        "minmax", "moving_average": the bounds themselves.
     tensors
         Observations, each with the names of the sites that take this very tensor.
     """
@@ -105,12 +151,34 @@ class Calibration:
             return low, high
         if self.method == "percentile":
             return _percentile_range(seen)
-        return _mse_range(seen, bits)
+        if self.method == "kl":
+            return _search_range(seen, bits, _divergences)
+        return _search_range(seen, bits, _squared_errors)
+
+    def report(self, bits: Mapping[str, int]) -> list[RangeReport]:
+        """Give the ranges of the quantized sites' inputs and what they clip.
+
+        Parameters
+        ----------
+        bits
+            Activation bits of each quantized site. Sites of equal bits that read the same tensor stand in one
+            entry.
+        """
+        rows = []
+        for sites, seen in self.tensors:
+            for width in sorted({bits[site] for site in sites if site in bits}, reverse=True):
+                readers = tuple(site for site in sites if bits.get(site) == width)
+                low, high = self.range(readers[0], width)
+                row = RangeReport(
+                    readers, width, seen.low, seen.high, low, high, seen.clipped(low, high, width)
+                )
+                rows.append(row)
+        return rows
 
     def to_json(self) -> str:
         """Write as JSON text."""
         tensors = [
-            {"sites": list(sites), "low": seen.low, "high": seen.high, "counts": seen.counts.tolist()}
+            {"sites": list(sites), **vars(seen), "counts": seen.counts.tolist()}
             for sites, seen in self.tensors
         ]
         return json.dumps({"version": VERSION, "method": self.method, "tensors": tensors}, allow_nan=False)
@@ -144,7 +212,7 @@ def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_si
     """Run `x` [N, C, H, W] (normalised) through a float module and observe the inputs of its sites.
 
     Memory does not grow with N: a first pass finds each tensor's bounds, a second counts a histogram between
-    them.
+    them ("minmax" needs the first only).
 
     Raises
     ------
@@ -161,18 +229,19 @@ def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_si
     if twin.stage not in ("float", "annotated"):
         raise ModelError(f"Calibration takes a float module, not one of stage {twin.stage!r}.")
     bounds = _observe_bounds(twin, x, method, batch_size)
-    if method in ("minmax", "moving_average"):
-        empty = np.zeros(0, np.int64)
-        return Calibration(method, [(s, Observation(low, high, empty)) for s, (low, high) in bounds.items()])
-    counts = {sites: np.zeros(BINS, np.int64) for sites in bounds}
+    counts = {sites: np.zeros(0 if method == "minmax" else BINS, np.int64) for sites in bounds}
+    values = dict.fromkeys(bounds, 0)
 
     def count(sites: tuple[str, ...], value: torch.Tensor) -> None:
         low, high = bounds[sites]
+        values[sites] += value.numel()
         if low < high:
             counts[sites] += torch.histc(value, BINS, low, high).numpy().astype(np.int64)
 
-    twin.site_inputs(x, callback=count, batch_size=batch_size)
-    return Calibration(method, [(s, Observation(low, high, counts[s])) for s, (low, high) in bounds.items()])
+    if method != "minmax":
+        twin.site_inputs(x, callback=count, batch_size=batch_size)
+    observed = [(s, Observation(*bounds[s], counts[s], values[s])) for s in bounds]
+    return Calibration(method, observed)
 
 
 def _observe_bounds(
@@ -201,7 +270,8 @@ def _observe_bounds(
 
 def _read_tensor(entry: dict[str, Any]) -> tuple[tuple[str, ...], Observation]:
     counts = np.asarray(entry["counts"], np.int64)
-    return tuple(entry["sites"]), Observation(float(entry["low"]), float(entry["high"]), counts)
+    seen = Observation(float(entry["low"]), float(entry["high"]), counts, int(entry["values"]))
+    return tuple(entry["sites"]), seen
 
 
 def _percentile_range(seen: Observation) -> tuple[float, float]:
@@ -214,13 +284,16 @@ def _percentile_range(seen: Observation) -> tuple[float, float]:
     return (min(low, 0.0) if seen.low < 0 else 0.0), max(high, 0.0)
 
 
-def _mse_range(seen: Observation, bits: int) -> tuple[float, float]:
-    """Return the range with the least squared error over the histogram, as the quantizer would compute it.
+# Loss of each candidate range [K], whose low bounds, high bounds, or both are [K].
+_Bounds: TypeAlias = np.ndarray | float
+_Loss: TypeAlias = Callable[[Observation, _Bounds, _Bounds, int], np.ndarray]
+
+
+def _search_range(seen: Observation, bits: int, loss: _Loss) -> tuple[float, float]:
+    """Return the range with the least loss over the histogram, as the quantizer would compute it.
 
     High and low bound are searched in turns, twice, then once more around the best.
     """
-    used = seen.counts > 0
-    values, counts = seen.centers[used], seen.counts[used].astype(np.float64)
     bottom, top = min(seen.low, 0.0), max(seen.high, 0.0)
     low, high = bottom, top
     for shares in (_SHARES, _SHARES, None):
@@ -231,19 +304,53 @@ def _mse_range(seen: Observation, bits: int) -> tuple[float, float]:
             around = current / bound + np.linspace(-0.015, 0.015, 31)
             candidates = bound * (shares if shares is not None else around[(around > 0) & (around <= 1)])
             lows, highs = (low, candidates) if side == "high" else (candidates, high)
-            errors = _squared_errors(values, counts, lows, highs, bits)
-            best = float(candidates[int(np.argmin(errors))])
+            best = float(candidates[int(np.argmin(loss(seen, lows, highs, bits)))])
             low, high = (low, best) if side == "high" else (best, high)
     return low, high
 
 
-def _squared_errors(
-    values: np.ndarray, counts: np.ndarray, low: np.ndarray | float, high: np.ndarray | float, bits: int
-) -> np.ndarray:
-    """Sum of count * (x - x̂)² for each candidate range [K], x̂ on a grid of 2**bits levels that holds 0."""
+def _grid(low: _Bounds, high: _Bounds, bits: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Scale and zero point, [K, 1], of a grid of 2**bits levels that holds 0, and its last level."""
     low, high = (np.reshape(np.asarray(bound, np.float64), (-1, 1)) for bound in (low, high))
     levels = 2**bits - 1
     scale = (high - low) / levels
-    zero_point = np.clip(np.rint(-low / scale), 0, levels)
+    return scale, np.clip(np.rint(-low / scale), 0, levels), levels
+
+
+def _squared_errors(seen: Observation, low: _Bounds, high: _Bounds, bits: int) -> np.ndarray:
+    """Sum of count * (x - x̂)² for each candidate range [K]."""
+    used = seen.counts > 0
+    values, counts = seen.centers[used], seen.counts[used].astype(np.float64)
+    scale, zero_point, levels = _grid(low, high, bits)
     q = np.clip(np.rint(values / scale) + zero_point, 0, levels)
     return (((q - zero_point) * scale - values) ** 2 @ counts).ravel()
+
+
+def _divergences(seen: Observation, low: _Bounds, high: _Bounds, bits: int) -> np.ndarray:
+    """KL(p || q) for each candidate range [K] (Migacz 2017, "8-bit inference with TensorRT").
+
+    p is the histogram with what lies outside of the range moved to its outermost bins; q is the histogram
+    inside of the range, levelled over the bins that become the same integer. The bin that holds 0 is left
+    out, where ReLU leaves a peak that the grid represents exactly.
+    """
+    centers = seen.centers
+    used = (seen.counts > 0) & (np.arange(BINS) != np.argmin(np.abs(centers)))
+    values, counts = centers[used], seen.counts[used].astype(np.float64)
+    scales, zero_points, levels = _grid(low, high, bits)
+    found = np.full(len(scales), np.inf)
+    for k, (scale, zero_point) in enumerate(zip(scales[:, 0], zero_points[:, 0], strict=True)):
+        steps = np.rint(values / scale) + zero_point
+        inside = np.flatnonzero((steps >= 0) & (steps <= levels))
+        if not len(inside):
+            continue
+        first, last = inside[0], inside[-1]
+        p = counts[first : last + 1].copy()
+        level = steps[first : last + 1].astype(np.int64)
+        mass = np.bincount(level, p, levels + 1)
+        q = (mass / np.maximum(np.bincount(level, minlength=levels + 1), 1))[level]
+        p[0] += counts[:first].sum()
+        p[-1] += counts[last + 1 :].sum()
+        p, q = p / p.sum(), np.maximum(q / q.sum(), _NO_MASS)
+        found[k] = float(np.sum(p * np.log(p / q)))
+    # All equal where nothing but zeros was seen: the whole range then.
+    return found

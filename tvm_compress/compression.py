@@ -10,7 +10,8 @@ import numpy as np
 import tvm
 
 from tvm_compress.artifact import Artifact
-from tvm_compress.compressor import Compressor, Training, quantized_epochs, realize
+from tvm_compress.calibration import RangeReport
+from tvm_compress.compressor import Compressor, PostTraining, Training, quantized_epochs, realize
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import ModelError, PolicyError, SettingError
 from tvm_compress.metrics.cost import metrics
@@ -39,7 +40,8 @@ def uniform_policy(
 ) -> CompressionPolicy:
     """Policy that treats every site alike: the same share of channels removed, the same bits.
 
-    32 bits leave a site in fp32, 8 make it INT8, 1 to 6 bit-serial where the target's rule allows it.
+    32 bits leave a site in fp32; 8-bit activations make it INT8, its weights on a grid of 1 to 8 bits; 1 to 6
+    bits make it bit-serial where the target's rule allows it.
 
     Raises
     ------
@@ -79,13 +81,13 @@ def uniform_policy(
 def _scheme(weight_bits: int, activation_bits: int) -> str:
     if (weight_bits, activation_bits) == (32, 32):
         return "fp32"
-    if (weight_bits, activation_bits) == (8, 8):
+    if 1 <= weight_bits <= 8 and activation_bits == 8:
         return "int8"
     if 1 <= weight_bits <= 6 and 1 <= activation_bits <= 6:
         return "bitserial"
     raise SettingError(
         f"No scheme computes {weight_bits}-bit weights with {activation_bits}-bit activations.",
-        "Use 32 and 32 (fp32), 8 and 8 (INT8), or 1 to 6 each (bit-serial).",
+        "Use 32 and 32 (fp32), 1 to 8 and 8 (INT8), or 1 to 6 each (bit-serial).",
     )
 
 
@@ -98,7 +100,7 @@ def compress_model(
     learning_rate: float = 0.01,
     seed: int = 0,
     images: int = 256,
-    weight_rounding: str = "nearest",
+    post_training: PostTraining | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Model:
     """Prune, quantize and fine-tune a dense model as a policy says; the test part is never touched.
@@ -106,9 +108,9 @@ def compress_model(
     Parameters
     ----------
     images
-        How many training images give gradients, statistics and ranges, and the rounding of weights.
-    weight_rounding
-        "nearest", "reconstruction" or "curvature": see `weight_rounding.round_weights`.
+        How many training images give gradients, statistics and ranges, and what `post_training` needs.
+    post_training
+        How ranges, scales and integers are found, before any fine-tuning.
 
     Raises
     ------
@@ -117,6 +119,8 @@ def compress_model(
     ModelError
         If the model is compressed already.
     """
+    if images < 1:
+        raise SettingError(f"images is {images}, but must be 1 or more.")
     if get_stage(model.module) != "float" or "policy" in model.metadata:
         raise ModelError("This model is compressed already.", "Give the dense model that it was made from.")
     policy.check(find_sites(model.module))
@@ -137,13 +141,23 @@ def compress_model(
         seed,
         progress=progress,
     )
-    candidate = Compressor(model.module, x, scores, weight_rounding).apply(policy, training)
-    return compressed_model(model, candidate.policy, candidate.module)
+    candidate = Compressor(model.module, x, scores, post_training).apply(policy, training)
+    compressed = compressed_model(model, candidate.policy, candidate.module)
+    ranges = [vars(row) | {"sites": list(row.sites)} for row in candidate.ranges]
+    return (
+        replace(compressed, metadata={**compressed.metadata, "calibration": ranges}) if ranges else compressed
+    )
 
 
 def compressed_model(dense: Model, policy: CompressionPolicy, module: tvm.IRModule) -> Model:
     """Model of a compressed module, with the policy that made it in its metadata."""
     return replace(dense, module=module, metadata={**dense.metadata, "policy": policy.to_json()})
+
+
+def model_ranges(model: Model) -> list[RangeReport]:
+    """Calibrated ranges of a model's quantized activations; none where it has none."""
+    kept = model.metadata.get("calibration", ())
+    return [RangeReport(**row | {"sites": tuple(row["sites"])}) for row in kept]
 
 
 def model_policy(model: Model) -> CompressionPolicy | None:

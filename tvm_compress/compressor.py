@@ -7,15 +7,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import tvm
 
-from tvm_compress.calibration import Calibration, calibrate
+from tvm_compress.bias_correction import correct_biases
+from tvm_compress.calibration import METHODS as CALIBRATIONS
+from tvm_compress.calibration import Calibration, RangeReport, calibrate
 from tvm_compress.data.dataset import Dataset
+from tvm_compress.errors import SettingError
 from tvm_compress.finetune import finetune
+from tvm_compress.passes.equalize_channels import EqualizeChannels
 from tvm_compress.passes.params import get_stage
 from tvm_compress.passes.pipeline import compress
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.prune_channels import resolve_kept
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.twin import Twin
+from tvm_compress.weight_rounding import METHODS as WEIGHT_ROUNDINGS
 from tvm_compress.weight_rounding import round_weights
 
 # Learning rate at the QDQ stage, as a share of that at the float stage: there the weights only settle.
@@ -25,6 +30,40 @@ QDQ_RATE = 0.5
 # and what was pruned recovers as well without them. Sites of 8 bits lose next to nothing by quantization.
 QDQ_SHARE = 1 / 3
 INT8_SHARE = 1 / 20
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """How a network is quantized from images alone; training may follow.
+
+    Attributes
+    ----------
+    calibration
+        How ranges follow from what was seen: one of `calibration.METHODS`.
+    weight_rounding
+        One of `weight_rounding.METHODS`.
+    equalize
+        Whether layers that follow each other share their weights' ranges first: see `EqualizeChannels`.
+    bias_correction
+        Whether channels' mean outputs are put right at the end: see `bias_correction.correct_biases`.
+
+    Raises
+    ------
+    SettingError
+        On an unknown method.
+    """
+
+    calibration: str = "mse"
+    weight_rounding: str = "nearest"
+    equalize: bool = False
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        for what, known in (("calibration", CALIBRATIONS), ("weight_rounding", WEIGHT_ROUNDINGS)):
+            if getattr(self, what) not in known:
+                raise SettingError(
+                    f"{what} is {getattr(self, what)!r}, which is unknown.", f"Known are: {', '.join(known)}."
+                )
 
 
 @dataclass(frozen=True)
@@ -77,11 +116,14 @@ class Candidate:
         QDQ stage, or float where nothing is quantized.
     integer_module
         What is deployed: integer stage, or `module` itself where nothing is quantized.
+    ranges
+        Of the quantized sites' inputs, as calibrated.
     """
 
     policy: CompressionPolicy
     module: tvm.IRModule
     integer_module: tvm.IRModule
+    ranges: tuple[RangeReport, ...] = ()
 
 
 class Compressor:
@@ -95,8 +137,8 @@ class Compressor:
         Normalised images [N, C, H, W] for the batch-norm statistics and the ranges.
     scores
         Of each coupled set's channels, by `tolerance.channel_scores`; None for the criteria l1 and l2.
-    weight_rounding
-        How quantized weights are rounded, before any training: see `weight_rounding.round_weights`.
+    post_training
+        How ranges, scales and integers are found, before any training.
     """
 
     def __init__(
@@ -104,14 +146,15 @@ class Compressor:
         module: tvm.IRModule,
         calibration_x: np.ndarray,
         scores: Mapping[str, np.ndarray] | None,
-        weight_rounding: str = "nearest",
+        post_training: PostTraining | None = None,
     ) -> None:
         self.module = module
         self._x = calibration_x
         self._scores = scores
-        self._weight_rounding = weight_rounding
+        self._post_training = post_training or PostTraining()
         self._teacher: Twin | None = None
-        self._dense_calibration: Calibration | None = None
+        # Of the dense module: what is calibrated, and its calibration.
+        self._prepared: tuple[tvm.IRModule, Calibration] | None = None
 
     def resolve(self, policy: CompressionPolicy) -> CompressionPolicy:
         """Policy with the kept channels written out, by the scores."""
@@ -129,23 +172,34 @@ class Compressor:
         """Pruned module with fake quantization, QDQ stage; itself where the policy quantizes nothing."""
         if not any(site.quantized for site in policy.sites.values()):
             return pruned
-        module = compress(pruned, quantization_part(policy), calibration=self._calibration(pruned))
-        bits = {name: site.weight_bits for name, site in policy.sites.items() if site.quantized}
-        return round_weights(module, bits, self._x, self._weight_rounding)
+        return self._quantize(pruned, policy)[0]
+
+    def _quantize(
+        self, pruned: tvm.IRModule, policy: CompressionPolicy
+    ) -> tuple[tvm.IRModule, tuple[RangeReport, ...]]:
+        how = self._post_training
+        sites = {name: site for name, site in policy.sites.items() if site.quantized}
+        source, calibration = self._calibrated(pruned)
+        module = compress(source, quantization_part(policy), calibration=calibration)
+        weight_bits = {name: site.weight_bits for name, site in sites.items()}
+        module = round_weights(module, weight_bits, self._x, how.weight_rounding)
+        if how.bias_correction:
+            module = correct_biases(module, source, self._x)
+        ranges = calibration.report({name: site.activation_bits for name, site in sites.items()})
+        return module, tuple(ranges)
 
     def apply(self, policy: CompressionPolicy, training: Training | None = None) -> Candidate:
         """Apply a policy and, if asked, train what comes of it."""
         policy = self.resolve(policy)
         pruned = self.prune(policy)
         quantized = any(site.quantized for site in policy.sites.values())
-        if training is None:
-            module = self.quantize(pruned, policy)
-            return Candidate(policy, module, realize(module))
-        before, after = training.epochs(pruned is not self.module, quantized)
-        pruned = self._train(pruned, training, before, 0, training.learning_rate)
-        module = self.quantize(pruned, policy)
-        module = self._train(module, training, after, before, training.learning_rate * QDQ_RATE)
-        return Candidate(policy, module, realize(module))
+        before, after = training.epochs(pruned is not self.module, quantized) if training else (0, 0)
+        if training is not None:
+            pruned = self._train(pruned, training, before, 0, training.learning_rate)
+        module, ranges = self._quantize(pruned, policy) if quantized else (pruned, ())
+        if training is not None:
+            module = self._train(module, training, after, before, training.learning_rate * QDQ_RATE)
+        return Candidate(policy, module, realize(module), ranges)
 
     def _train(
         self, module: tvm.IRModule, training: Training, epochs: int, before: int, rate: float
@@ -171,12 +225,15 @@ class Compressor:
             progress=tell,
         )
 
-    def _calibration(self, pruned: tvm.IRModule) -> Calibration:
-        if pruned is not self.module:
-            return calibrate(pruned, self._x)
-        if self._dense_calibration is None:
-            self._dense_calibration = calibrate(pruned, self._x)
-        return self._dense_calibration
+    def _calibrated(self, pruned: tvm.IRModule) -> tuple[tvm.IRModule, Calibration]:
+        """Float module to quantize, equalized if that is wanted, and its calibration."""
+        if pruned is self.module and self._prepared is not None:
+            return self._prepared
+        source = EqualizeChannels()(pruned) if self._post_training.equalize else pruned
+        prepared = source, calibrate(source, self._x, self._post_training.calibration)
+        if pruned is self.module:
+            self._prepared = prepared
+        return prepared
 
 
 def realize(module: tvm.IRModule) -> tvm.IRModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import tvm
 
 from tvm_compress.errors import ModelError
 from tvm_compress.passes.canonicalize import Canonicalize
+from tvm_compress.passes.params import get_stage
 
 if TYPE_CHECKING:
     import onnx
@@ -161,12 +162,24 @@ class Model:
 
         To keep batch norms, which exporters like to fold, export with
         `torch.onnx.export(module, inputs, path, dynamo=True, optimize=False)`.
+
+        A model with QuantizeLinear and DequantizeLinear comes at the stage qdq with the file's own scales,
+        and with a policy in its metadata. What the kernels do not take computes in float: a
+        `QuantizedImportWarning` names the layer, the policy's note says why.
         """
         from tvm_compress.importer.onnx_importer import import_onnx, read_onnx
 
         source = f"onnx:{Path(model).name}" if isinstance(model, str | Path) else "onnx"
-        module = import_onnx(read_onnx(Path(model)) if isinstance(model, str | Path) else model)
-        return _imported(module, mean, std, class_names, {"source": source, **(metadata or {})})
+        found = import_onnx(read_onnx(Path(model)) if isinstance(model, str | Path) else model)
+        said = {"source": source, **(metadata or {})}
+        imported = _imported(found.module, mean, std, class_names, said)
+        if get_stage(imported.module) != "qdq":
+            return imported
+        from tvm_compress.importer.quantized_sites import quantize_as_imported
+
+        quantized = quantize_as_imported(imported.module, found.grids, found.refused)
+        policy = {"policy": quantized.policy.to_json()}
+        return replace(imported, module=quantized.module, metadata={**imported.metadata, **policy})
 
     @classmethod
     def load(cls, path: str | Path) -> Model:

@@ -22,6 +22,7 @@ from tvm_compress.files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FASHION_NORMALIZATION = Normalization((0.2860,), (0.3530,))
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # 5,000 training images of either set are held back for validation: no network here is trained on them.

@@ -242,6 +242,52 @@ class ResNet18(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class _PlainBlock(nn.Module):
+    """Two 3 x 3 convolutions; the shortcut drops every other pixel and adds channels of zeros (option A).
+
+    It is written as the 1 x 1 convolution that does this, so that every importer knows it.
+    """
+
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outs)
+        self.conv2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outs)
+        self.short: nn.Module = nn.Sequential()
+        if ins != outs:
+            self.short = nn.Conv2d(ins, outs, 1, stride, bias=False)
+            first = (outs - ins) // 2
+            self.short.weight.data.zero_()
+            self.short.weight.data[first : first + ins, :, 0, 0] = torch.eye(ins)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.short(x))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 of He et al. 2016 for 32 x 32 images: widths 16, 32, 64, shortcuts without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        ins = 16
+        for stage in range(3):
+            outs, stride = 16 << stage, 1 if stage == 0 else 2
+            blocks = [_PlainBlock(ins, outs, stride), _PlainBlock(outs, outs, 1), _PlainBlock(outs, outs, 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            ins = outs
+        self.linear = nn.Linear(ins, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the logits."""
+        x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
 CIFAR, FASHION = (3, 32, 32), (1, 28, 28)
 VGG_SIMPLE = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 VGG13 = [16, 16, "M", 32, 32, "M", 64, 64, "M", 128, 128, "M", 128, 128, "M"]

@@ -1,63 +1,248 @@
-"""Post-training quantization of ResNet-18 w32, CIFAR-10 (JPEG q75), by how weights are rounded.
+"""Quantization of ResNet-20 and ResNet-18 w32, CIFAR-10 (JPEG q75): post-training, trained, and deployed.
 
-usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--cache FOLDER]
+usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--cache FOLDER] [--only PART]
+                                            [--points N] [--kept]
 
-Nothing is trained: 512 calibration images without labels give ranges and the rounding of weights. Accuracy is
-that of the integers, on 5,000 test images. Each point is kept in the cache folder.
+512 calibration images without labels give ranges, rounding and corrections. Accuracy is that of the integers
+(the twin's, which the built library's equal), on 5,000 test images. `quantization_training.py` trains first.
+Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones,
+`--kept` writes what is there. The part "peer" needs the extra `bench` (ONNX Runtime).
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_data import ROOT, cache_folder, cifar10, kept
+from bench_data import ROOT, kept
 from figures import Figure, write
-from train import as_model, load_resnet18
+from quantization_training import (
+    CALIBRATION_IMAGES,
+    NETWORKS,
+    ROUND_IMAGES,
+    ROUNDS,
+    Task,
+    adapted_task,
+    policy_of,
+    trained,
+)
 
-from tvm_compress.compression import compress_model, uniform_policy
-from tvm_compress.compressor import realize
-from tvm_compress.data.dataset import Split
-from tvm_compress.model import Model
+from tvm_compress.calibration import METHODS as CALIBRATIONS
+from tvm_compress.compression import compressed_model
+from tvm_compress.compressor import Compressor, PostTraining
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.twin import Twin
-from tvm_compress.weight_rounding import METHODS
 
-BITS = ((8, 8), (6, 6), (4, 6), (4, 4), (3, 6), (3, 3), (2, 6))
-IMAGES = 512
-# Points that may be lost without training (issue of quantization), by (weight, activation) bits.
-GOALS = {(8, 8): 0.3}
+PARTS = ("post-training", "peer", "trained", "artifact")
+BASE = PostTraining()
+BEST = PostTraining(weight_rounding="reconstruction", bias_correction=True)
+# What is tried without training, by bits: options and the name of the row.
+OPTIONS: dict[tuple[int, int], dict[str, PostTraining]] = {
+    (8, 8): {f"range by {method}": PostTraining(calibration=method) for method in CALIBRATIONS},
+    (4, 8): {
+        "nearest": BASE,
+        "nearest, bias correction": PostTraining(bias_correction=True),
+        "nearest, equalized, bias correction": PostTraining(equalize=True, bias_correction=True),
+        "reconstruction, bias correction": BEST,
+    },
+    (4, 4): {
+        "nearest": BASE,
+        "nearest, bias correction": PostTraining(bias_correction=True),
+        "reconstruction, bias correction": BEST,
+    },
+    (2, 2): {"reconstruction, bias correction": BEST},
+}
+# What the larger network is spared.
+ON_THE_SMALL_ONE_ONLY = ("range by percentile", "range by moving_average", "nearest, bias correction")
+# Points of accuracy that may be lost.
+POST_TRAINING_GOALS = {(8, 8): 0.3, (4, 8): 1.5, (4, 4): 1.5}
+TRAINED_GOALS = {(4, 4): 1.5, (2, 2): 4.0}
+# Images whose integers are compared, by device, and the policies.
+COMPARED = {"local": 256, "emulated-a72": 2}
+EMULATED = ("W8A8", "W2A2", "mixed")
+IMPORT_IMAGES = 500
 
 
-def point(model: Model, split: Split, bits: tuple[int, int], method: str) -> dict[str, Any]:
-    """Accuracy of one policy for all sites that can be so; the first and last stay as their kernels allow."""
-    policy = uniform_policy(model, target="host", weight_bits=bits[0], activation_bits=bits[1])
+class EnoughError(Exception):
+    """The points that were asked for are done."""
+
+
+@dataclass
+class Bench:
+    """The tasks, and how many new points may still be measured."""
+
+    shared: Path | None
+    cache: Path | None
+    points: int
+    kept_only: bool = False
+    missing: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tasks = {name: adapted_task(name, self.shared, self.cache) for name in NETWORKS}
+
+    def point(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Give a point that is kept, or measure it; None where only kept ones are wanted."""
+        if not path.is_file() and self.kept_only:
+            self.missing.append(f"{path.parent.name}/{path.stem}")
+            return None
+        if not path.is_file():
+            if self.points == 0:
+                raise EnoughError
+            self.points -= 1
+        return kept(path, make)
+
+
+def few_bit_policy(task: Task, bits: tuple[int, int]) -> CompressionPolicy:
+    """`policy_of`, but the first and last site keep 8-bit weights, as they do where kernels decide."""
+    policy = policy_of(task.model, bits)
+    edges = {next(iter(policy.sites)), list(policy.sites)[-1]}
+    eight = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
+    sites = {name: eight if name in edges else site for name, site in policy.sites.items()}
+    return CompressionPolicy(sites=sites, target=policy.target)
+
+
+def post_training(task: Task, bits: tuple[int, int], how: PostTraining, name: str) -> dict[str, Any]:
+    """Accuracy after quantization without training."""
+    policy = few_bit_policy(task, bits)
     start = time.process_time()
-    compressed = compress_model(model, policy, split, images=IMAGES, weight_rounding=method)
+    module = Compressor(task.model.module, task.calibration, None, how).quantize(task.model.module, policy)
     seconds = time.process_time() - start
-    twin = Twin(realize(compressed.module))
-    accuracy = twin.accuracy(split.test.normalized(), split.test.y)
-    found = {"weight_bits": bits[0], "activation_bits": bits[1], "rounding": method}
-    return {**found, "accuracy": accuracy, "processor_seconds": seconds}
+    accuracy = task.evaluate(compressed_model(task.model, policy, module))
+    return {
+        "kind": "post-training",
+        "network": task.name,
+        "bits": f"W{bits[0]}A{bits[1]}",
+        "options": name,
+        "accuracy": accuracy,
+        "processor_seconds": seconds,
+    }
 
 
-def figures_of(dense: float, points: list[dict[str, Any]]) -> list[Figure]:
-    """Points lost by the best rounding, and what rounding for the outputs gains over the nearest."""
+def qat(task: Task, bits: tuple[int, int]) -> dict[str, Any]:
+    """Accuracy after the training that `quantization_training.py` did."""
+    return {
+        "kind": "trained",
+        "network": task.name,
+        "bits": f"W{bits[0]}A{bits[1]}",
+        "images_seen": len(ROUNDS[task.name, bits]) * ROUND_IMAGES,
+        "accuracy": task.evaluate(trained(task, bits)),
+    }
+
+
+def measure(bench: Bench, parts: list[str]) -> list[dict[str, Any]]:
+    """Give the points of some parts, with each network's dense accuracy first."""
+    points: list[dict[str, Any] | None] = []
+    for task in bench.tasks.values():
+        x, y = task.split.test.normalized(), task.split.test.y
+        dense = bench.point(
+            task.folder / "dense.json",
+            lambda t=task, x=x, y=y: {
+                "kind": "dense",
+                "network": t.name,
+                "accuracy": Twin(t.model.module).accuracy(x, y),
+            },
+        )
+        points.append(dense)
+    for task in bench.tasks.values():
+        for part, (path, make) in jobs(task):
+            if part in parts:
+                points.append(bench.point(path, make))
+    return [point for point in points if point is not None]
+
+
+Job = tuple[Path, Callable[[], dict[str, Any]]]
+
+
+def jobs(task: Task) -> list[tuple[str, Job]]:
+    """Give everything to measure of a network, with its part; the cheapest first."""
+    from quantization_artifact import POLICIES, compare
+    from quantization_peer import METHODS, quantize
+
+    found: list[tuple[str, Job]] = []
+
+    def add(part: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
+        slug = "".join(c if c.isalnum() else "-" for c in name)
+        found.append((part, (task.folder / f"{part}-{slug}.json", make)))
+
+    for bits in (bits for name, bits in ROUNDS if name == task.name):
+        add("trained", f"w{bits[0]}a{bits[1]}", lambda b=bits: qat(task, b))
+    for bits, options in OPTIONS.items():
+        for name, how in options.items():
+            if task.name != NETWORKS[0] and name in ON_THE_SMALL_ONE_ONLY:
+                continue
+            key = f"w{bits[0]}a{bits[1]} {name}"
+            add("post-training", key, lambda b=bits, h=how, n=name: post_training(task, b, h, n))
+    for method in METHODS:
+        add("peer", method, lambda m=method: quantize(task, m, IMPORT_IMAGES))
+    if task.name == NETWORKS[-1]:
+        for device, images in COMPARED.items():
+            for policy in POLICIES if device == "local" else EMULATED:
+                make = lambda p=policy, d=device, n=images: compare(task, p, d, n)  # noqa: E731
+                add("artifact", f"{policy} {device}", make)
+    return found
+
+
+def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
+    """The issue's figures."""
     figures = []
-    for weight_bits, activation_bits in BITS:
-        here = {
-            p["rounding"]: p["accuracy"]
-            for p in points
-            if (p["weight_bits"], p["activation_bits"]) == (weight_bits, activation_bits)
-        }
-        name = f"W{weight_bits}A{activation_bits}"
-        if (weight_bits, activation_bits) in GOALS:
-            lost, goal = 100 * (dense - here["nearest"]), GOALS[weight_bits, activation_bits]
-            figures.append(Figure(f"{name}: accuracy lost, to the nearest", lost, "points", goal, "<="))
-        for method in METHODS[1:]:
-            gain = 100 * (here[method] - here["nearest"])
-            note = f"{100 * here['nearest']:.2f} to {100 * here[method]:.2f} %; dense {100 * dense:.2f} %"
-            figures.append(Figure(f"{name}: gained by {method}", gain, "points", 0.0, ">=", note=note))
+    for network in NETWORKS:
+        mine = [p for p in points if p.get("network") == network]
+        dense = next(p["accuracy"] for p in mine if p["kind"] == "dense")
+        peers = [p for p in mine if p["kind"] == "peer"]
+        best_peer = max(peers, key=lambda p: p["accuracy"], default=None)
+
+        def lost(point: dict[str, Any], dense: float = dense) -> tuple[float, str]:
+            said = f"{100 * point['accuracy']:.2f} %, dense {100 * dense:.2f} %"
+            return 100 * (dense - point["accuracy"]), f"{point.get('options', '')}; {said}".strip("; ")
+
+        for kind, goals in (("post-training", POST_TRAINING_GOALS), ("trained", TRAINED_GOALS)):
+            for bits, goal in goals.items():
+                name = f"W{bits[0]}A{bits[1]}"
+                here = [p for p in mine if p["kind"] == kind and p["bits"] == name]
+                if not here:
+                    continue
+                # The default for 8 bits; for fewer, everything that needs no training.
+                chosen = here[0] if bits == (8, 8) else _named(here, "reconstruction, bias correction")
+                value, note = lost(chosen)
+                if kind == "trained":
+                    note += f", {chosen['images_seen']:,} images seen"
+                title = f"{network}, {name} {kind}: accuracy lost"
+                figures.append(Figure(title, value, "points", goal, "<=", note=note))
+                if bits == (8, 8) and best_peer is not None:
+                    gain = 100 * (chosen["accuracy"] - best_peer["accuracy"])
+                    note = f"{best_peer['peer']} (best of {len(peers)}): {100 * best_peer['accuracy']:.2f} %"
+                    title = f"{network}, W8A8: above ONNX Runtime's static quantization"
+                    figures.append(Figure(title, gain, "points", 0.0, ">=", best_peer["peer"], note))
+        for peer in peers:
+            title = f"{network}, file of {peer['peer']}: sites in integers"
+            share = peer["imported_integer_sites"] / peer["imported_sites"]
+            agreed = f"{100 * peer['imported_agreement']:.1f} % of {peer['imported_images']}"
+            note = f"answers as ONNX Runtime's: {agreed}"
+            figures.append(Figure(title, share, "share", 1.0, "==", peer["peer"], note))
+    return figures + artifact_figures([p for p in points if p["kind"] == "artifact"])
+
+
+def _named(points: list[dict[str, Any]], options: str) -> dict[str, Any]:
+    return next((p for p in points if p.get("options") == options), points[0])
+
+
+def artifact_figures(points: list[dict[str, Any]]) -> list[Figure]:
+    """Sites whose integers differ, and stored bytes against the policy's, by device and policy."""
+    figures = []
+    for point in points:
+        where = f"{point['policy']}, {point['device']}"
+        note = f"{point['sites']} sites, {point['images']} images"
+        title = f"{where}: sites whose integers differ from the twin's"
+        figures.append(Figure(title, point["differing_sites"], "sites", 0, "==", note=note))
+    for point in points:
+        where = f"{point['policy']}, {point['device']}"
+        ratio = point["rodata_bytes"] / point["policy_bytes"]
+        note = f"{point['rodata_bytes']:,} bytes of read-only data, {point['constant_bytes']:,} are constants"
+        title = f"{where}: bytes in the file over bits / 8 and scales"
+        figures.append(Figure(title, ratio, "x", 1.05, "<=", note=note))
     return figures
 
 
@@ -68,23 +253,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "quantization.json")
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--only", choices=PARTS, action="append", help="repeatable; all by default")
+    parser.add_argument("--points", type=int, default=-1, help="at most so many new ones")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, write the points that are kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    split = cifar10(arguments.shared, arguments.cache)
-    model = as_model(load_resnet18(arguments.shared), "cifar10")
-    folder = cache_folder(arguments.cache) / "quantization"
-    x, y = split.test.normalized(), split.test.y
-    dense = kept(folder / "dense.json", lambda: {"accuracy": Twin(model.module).accuracy(x, y)})["accuracy"]
-    points = [
-        kept(
-            folder / f"w{bits[0]}a{bits[1]}-{method}.json",
-            lambda bits=bits, method=method: point(model, split, bits, method),
-        )
-        for bits in BITS
-        for method in METHODS
-    ]
-    settings = {"network": "ResNet-18 w32, CIFAR-10 (JPEG q75)", "test images": len(y), "images": IMAGES}
-    write(arguments.json, "quantization", settings, figures_of(dense, points), points)
+    bench = Bench(arguments.shared, arguments.cache, arguments.points, arguments.kept)
+    try:
+        points = measure(bench, arguments.only or list(PARTS))
+    except EnoughError:
+        return
+    settings = {
+        "networks": "ResNet-20 (adapted to these images) and ResNet-18 w32, CIFAR-10 (JPEG q75)",
+        "calibration images": CALIBRATION_IMAGES,
+        "test images": len(bench.tasks[NETWORKS[0]].split.test),
+        "first and last site": "8 bits",
+        "not measured": bench.missing,
+    }
+    write(arguments.json, "quantization", settings, figures_of(points), points)
 
 
 if __name__ == "__main__":

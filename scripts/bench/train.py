@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_data import CIFAR_NORMALIZATION, FASHION_NORMALIZATION, cache_folder, load_split, shared_folder
-from networks import NETWORKS, NetworkSpec, ResNet18, binarize_weights
+from networks import NETWORKS, NetworkSpec, ResNet18, ResNet20, binarize_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -58,6 +58,15 @@ def load_resnet18(shared: Path | None = None) -> nn.Module:
     path = shared_folder(shared) / "models" / "resnet18w32-cifar10-jpeg75.safetensors"
     # Batch norms were saved without their counters, which evaluation does not need.
     network.load_state_dict(network.state_dict() | load_file(path))
+    return network.eval()
+
+
+def load_resnet20(shared: Path | None = None) -> nn.Module:
+    """The ResNet-20 in the shared folder, trained by others on PNG images, with ImageNet's normalisation."""
+    network = ResNet20()
+    path = shared_folder(shared) / "models" / "resnet20-cifar10.th"
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    network.load_state_dict(network.state_dict() | {k.removeprefix("module."): v for k, v in state.items()})
     return network.eval()
 
 

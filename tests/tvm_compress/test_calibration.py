@@ -31,9 +31,10 @@ def squared_error(values, low, high, bits):
     return float(np.sum(((q - zero_point) * scale - values) ** 2))
 
 
-def observe(values):
-    counts, _ = np.histogram(values, BINS, (values.min(), values.max()))
-    return Calibration("mse", [(("c",), Observation(float(values.min()), float(values.max()), counts))])
+def observe(values, method="mse"):
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, BINS, (low, high))
+    return Calibration(method, [(("c",), Observation(low, high, counts, values.size))])
 
 
 def test_bounds_are_those_of_the_sites_inputs(module, images):
@@ -93,6 +94,73 @@ def test_mse_range_is_the_best_on_the_values_themselves(seed, bits, shape):
     assert found <= best * (1.05 if bottom == 0 else 1.35) + 1e-9
     # What is minimised is the error of a histogram, whose bins are wider than 8-bit steps differ.
     assert found <= 1.02 * squared_error(values, bottom, top, bits) + 1e-9
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 1000), bits=st.integers(2, 8), shape=st.sampled_from(["relu", "normal", "shifted"])
+)
+def test_kl_range_is_a_bounded_part_of_what_was_seen(seed, bits, shape):
+    values = np.random.default_rng(seed).normal(size=20000)
+    values = {"relu": np.maximum(values, 0), "normal": values, "shifted": values + 1.5}[shape]
+    low, high = observe(values, "kl").range("c", bits)
+    assert min(values.min(), 0) <= low <= 0 <= high <= values.max()
+    # The distribution survives: three quarters of what is not 0 are inside of the range.
+    moved = values[values != 0]
+    assert np.mean((moved >= low) & (moved <= high)) > 0.75
+
+
+def reference_divergence(values, high, bits):
+    """KL of the clipped values' histogram from its quantized form, by loops; values are 0 or positive."""
+    counts, _ = np.histogram(values, BINS, (0, values.max()))
+    centers = values.max() / BINS * (np.arange(BINS) + 0.5)
+    centers[0], centers[-1] = 0, values.max()
+    scale = high / (2**bits - 1)
+    inside = [i for i in range(1, BINS) if counts[i] and np.rint(centers[i] / scale) < 2**bits]
+    p = {i: float(counts[i]) for i in inside}
+    p[inside[-1]] += sum(counts[i] for i in range(inside[-1] + 1, BINS))
+    levels: dict[int, list[int]] = {}
+    for i in inside:
+        levels.setdefault(int(np.rint(centers[i] / scale)), []).append(i)
+    q = {i: sum(counts[j] for j in same) / len(same) for same in levels.values() for i in same}
+    total_p, total_q = sum(p.values()), sum(q.values())
+    return sum(p[i] / total_p * np.log(p[i] / total_p / (q[i] / total_q)) for i in inside)
+
+
+def test_kl_range_has_the_least_divergence():
+    values = np.maximum(np.random.default_rng(0).normal(size=50000), 0)
+    values[:5] = 12.0  # a long tail, which min-max would follow
+    found = observe(values, "kl").range("c", 8)[1]
+    shares = np.linspace(0.02, 1, 50)
+    best = min(reference_divergence(values, 12.0 * share, 8) for share in shares)
+    assert reference_divergence(values, found, 8) <= best * 1.001 + 1e-9
+    assert found < 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_report_tells_the_share_that_is_clipped(module, images, method):
+    calibration = calibrate(module, images, method, batch_size=16)
+    bits = {name: 4 for name in calibration.sites if name != "conv1"} | {"layer2.0.short.0": 8}
+    rows = calibration.report(bits)
+    assert sorted(site for row in rows for site in row.sites) == sorted(bits)
+    inputs = Twin(module).site_inputs(images)
+    for row in rows:
+        values = inputs[row.sites[0]]
+        assert (row.low, row.high) == calibration.range(row.sites[0], row.bits)
+        # What lies beyond a moving average was not counted by how far.
+        half = 0 if method == "moving_average" else (row.high - row.low) / (2**row.bits - 1) / 2
+        really = np.mean((values < row.low - half) | (values > row.high + half))
+        width = (row.seen_high - row.seen_low) / BINS
+        high, low = row.high + half, row.low - half
+        near = np.mean((np.abs(values - high) < width) | (np.abs(values - low) < width))
+        assert row.clipped == pytest.approx(really, abs=float(1e-6 + (near if near < 0.1 else 0.002)))
+    assert {row.bits for row in rows if "layer2.0.short.0" in row.sites} == {8}
+
+
+def test_one_image_calibrates_and_one_method_differs_from_another(module, images):
+    ranges = {m: calibrate(module, images[:1], m).range("layer1.0.conv2", 4) for m in METHODS}
+    assert all(low == 0.0 < high for low, high in ranges.values())
+    assert ranges["kl"] != ranges["minmax"] != ranges["mse"]
 
 
 def test_percentile_leaves_out_the_tails():

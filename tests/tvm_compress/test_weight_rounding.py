@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tvm_compress.compression import compress_model, uniform_policy
-from tvm_compress.compressor import Compressor
+from tvm_compress.compressor import Compressor, PostTraining
 from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.model import Model
 from tvm_compress.passes.params import get_params
@@ -54,7 +54,9 @@ def test_outputs_stay_closer_than_by_rounding_to_the_nearest(groups: int, method
     wanted = Twin(model.module).predict(fresh)
     errors = {}
     for name in ("nearest", method):
-        module = Compressor(model.module, x, None, name).quantize(model.module, policy)
+        module = Compressor(model.module, x, None, PostTraining(weight_rounding=name)).quantize(
+            model.module, policy
+        )
         errors[name] = float(np.square(Twin(module).predict(fresh) - wanted).mean())
     assert errors[method] < 0.8 * errors["nearest"]
 
@@ -63,7 +65,9 @@ def test_weights_stand_on_integers_of_the_same_scales() -> None:
     model = network()
     policy = policy_of(model)
     modules = [
-        Compressor(model.module, images(), None, method).quantize(model.module, policy)
+        Compressor(model.module, images(), None, PostTraining(weight_rounding=method)).quantize(
+            model.module, policy
+        )
         for method in ("nearest", "reconstruction")
     ]
     plain, rounded = (get_params(module) for module in modules)
@@ -113,7 +117,9 @@ def test_a_channel_that_sees_nothing_rounds_to_the_nearest() -> None:
 def test_the_same_seed_gives_the_same_integers() -> None:
     model = network()
     made = [
-        Compressor(model.module, images(), None, "curvature").quantize(model.module, policy_of(model))
+        Compressor(model.module, images(), None, PostTraining(weight_rounding="curvature")).quantize(
+            model.module, policy_of(model)
+        )
         for _ in range(2)
     ]
     first, second = (get_params(module) for module in made)
@@ -136,7 +142,9 @@ def test_compress_model_takes_it() -> None:
     policy = policy_of(model, 2)
     right = {}
     for method in ("nearest", "reconstruction"):
-        compressed = compress_model(model, policy, split, weight_rounding=method, images=128)
+        compressed = compress_model(
+            model, policy, split, post_training=PostTraining(weight_rounding=method), images=128
+        )
         some = split.validation.take(slice(0, 300))
         right[method] = Twin(compressed.module).accuracy(some.normalized(), some.y)
     assert right["reconstruction"] > right["nearest"]

@@ -1,19 +1,24 @@
 """`tvm-compress compress` and `compile`: apply a policy; build an artifact."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.cli.methods import METHODS, run_method
 from tvm_compress.cli.options import (
     BatchesOption,
+    BiasCorrectionOption,
+    CalibrationOption,
     CodebookBitsOption,
     CurvatureOption,
     DampingOption,
     DataOption,
     DebugOption,
     DrawsOption,
+    EqualizeOption,
     FactorizationOption,
     GradientOption,
     GranularityOption,
@@ -49,14 +54,14 @@ from tvm_compress.cli.options import (
     TargetOption,
     TrialsOption,
     TrustRadiusOption,
+    WeightRoundingOption,
 )
-from tvm_compress.cli.output import print_json, print_lines
-from tvm_compress.compression import compile_model, model_policy, twin_logits
+from tvm_compress.cli.output import print_json, print_lines, print_table
+from tvm_compress.compression import compile_model, model_policy, model_ranges, twin_logits
 from tvm_compress.data.dataset import Split
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model, load_model
 from tvm_compress.prune_then_quantize import EsnSettings
-from tvm_compress.weight_rounding import METHODS as WEIGHT_ROUNDINGS
 
 
 def compress(
@@ -78,7 +83,7 @@ def compress(
         float | None, typer.Option(help="Share of the channels to remove, without --policy. Default 0.")
     ] = None,
     weight_bits: Annotated[
-        int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 4.")
+        int | None, typer.Option(help="32, or 1 to 8, without --policy. Default 32; esn: 4.")
     ] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="32, 8, or 1 to 6, without --policy. Default 32; esn: 8.")
@@ -91,10 +96,10 @@ def compress(
         str | None,
         typer.Option(help="tolerance, l1 or l2: which channels go first. Default tolerance; esn: l2."),
     ] = None,
-    weight_rounding: Annotated[
-        str | None,
-        typer.Option(help="Of quantized weights: " + ", ".join(WEIGHT_ROUNDINGS) + ". Default nearest."),
-    ] = None,
+    calibration: CalibrationOption = None,
+    equalize: EqualizeOption = False,
+    weight_rounding: WeightRoundingOption = None,
+    bias_correction: BiasCorrectionOption = False,
     target: TargetOption = "host",
     finetune_epochs: Annotated[
         int | None, typer.Option(help="Epochs of fine-tuning afterwards. Default 0; esn: 4.")
@@ -189,9 +194,11 @@ def _finish(
         "metrics": metrics(compressed.module, model_policy(compressed)),
         **summary,
     }
+    ranges = model_ranges(compressed)
     if as_json:
-        print_json(result)
+        print_json(result | ({"calibration": compressed.metadata["calibration"]} if ranges else {}))
     else:
+        print_ranges(ranges)
         print_lines(
             [
                 *(f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if _is_short(value)),
@@ -200,6 +207,22 @@ def _finish(
                 f"next: tvm-compress compile {output} --target {target} -o ARTIFACT",
             ]
         )
+
+
+def print_ranges(ranges: Sequence[RangeReport]) -> None:
+    """Print a table of what was seen of the quantized sites' inputs, and what of it their integers cover."""
+    if ranges:
+        rows = [
+            (
+                ", ".join(row.sites),
+                str(row.bits),
+                f"{row.seen_low:.4g} .. {row.seen_high:.4g}",
+                f"{row.low:.4g} .. {row.high:.4g}",
+                f"{100 * row.clipped:.3g} %",
+            )
+            for row in ranges
+        ]
+        print_table("Calibrated inputs", ("site", "bits", "seen", "range", "clipped"), rows)
 
 
 def _whose(split: Split) -> str:

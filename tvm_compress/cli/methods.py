@@ -5,6 +5,7 @@ from typing import Any
 
 from tvm_compress.cli.load import epoch_lines, model_and_data, part_lines
 from tvm_compress.compression import compress_model, compressed_model, uniform_policy
+from tvm_compress.compressor import PostTraining
 from tvm_compress.data.dataset import Split
 from tvm_compress.errors import SettingError
 from tvm_compress.fastlc.compress import fast_lc
@@ -23,7 +24,8 @@ from tvm_compress.tolerance.settings import TocoSettings
 OPTIONS: dict[str, tuple[str, ...]] = {
     "policy": (
         *("policy", "pruning_ratio", "weight_bits", "activation_bits", "rounding", "criterion"),
-        *("finetune_epochs", "learning_rate", "weight_rounding"),
+        *("finetune_epochs", "learning_rate", "calibration", "images"),
+        *("equalize", "weight_rounding", "bias_correction"),
     ),
     "toco": (
         *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "step", "sampling"),
@@ -110,7 +112,12 @@ def _policy(given: Mapping[str, Any]) -> Outcome:
         finetune_epochs=epochs,
         learning_rate=0.01 if given["learning_rate"] is None else given["learning_rate"],
         seed=given["seed"],
-        weight_rounding=given["weight_rounding"] or "nearest",
+        post_training=PostTraining(
+            **{k: given[k] for k in ("calibration", "weight_rounding") if given[k] is not None},
+            equalize=given["equalize"],
+            bias_correction=given["bias_correction"],
+        ),
+        **{k: given[k] for k in ("images",) if given[k] is not None},
         progress=epoch_lines(given["as_json"], epochs),
     )
     return compressed, split, {}

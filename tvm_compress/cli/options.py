@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from tvm_compress.calibration import METHODS as CALIBRATIONS
 from tvm_compress.fastlc.settings import SCHEMES
+from tvm_compress.weight_rounding import METHODS as WEIGHT_ROUNDINGS
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="x.pt2, x.onnx, a saved Model directory, or sample:NAME.")
@@ -76,6 +78,37 @@ TargetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How ranges follow from what was seen: " + ", ".join(CALIBRATIONS) + ". Default mse.",
+        rich_help_panel="Post-training quantization",
+    ),
+]
+WeightRoundingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of quantized weights: " + ", ".join(WEIGHT_ROUNDINGS) + ". Default nearest.",
+        rich_help_panel="Post-training quantization",
+    ),
+]
+EqualizeOption = Annotated[
+    bool,
+    typer.Option(
+        "--equalize",
+        help="Share weight ranges between layers that follow each other.",
+        rich_help_panel="Post-training quantization",
+    ),
+]
+BiasCorrectionOption = Annotated[
+    bool,
+    typer.Option(
+        "--bias-correction",
+        help="Put the channels' mean outputs right.",
+        rich_help_panel="Post-training quantization",
+    ),
+]
+
 GroupOption = Annotated[
     str | None,
     typer.Option(
@@ -132,8 +165,8 @@ StatisticsOption = Annotated[
 ImagesOption = Annotated[
     int | None,
     typer.Option(
-        help="Training images for the curvature, or for toco's loss and samples.",
-        rich_help_panel="fastlc, toco",
+        help="Training images for the curvature, for toco's loss and samples, or for ranges (policy: 256).",
+        rich_help_panel="policy, fastlc, toco",
     ),
 ]
 DrawsOption = Annotated[

@@ -9,6 +9,7 @@ is constant is a Constant node.
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -16,6 +17,13 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tvm_compress.errors import ModelError
+from tvm_compress.importer.onnx_qdq import (
+    WeightGrid,
+    activation_nodes,
+    clean_name,
+    quantized_constant,
+    weight_grid,
+)
 
 _ANONYMOUS = re.compile(
     r"onnx::.*|\d+|val_\d+|t_\d+|.*_output_\d+|(Constant|Identity|Transpose)(_\d+)?(_\w+)?|/.*|"
@@ -31,7 +39,6 @@ _SAME_VALUES = (
     "CastLike",
     "Squeeze",
     "Unsqueeze",
-    "DequantizeLinear",
 )
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -57,7 +64,24 @@ def layer_name(node: onnx.NodeProto) -> str:
     return node.name or (node.output[0] if node.output else node.op_type)
 
 
-def normalize_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class NormalizedGraph:
+    """A rewritten model, with what it says of quantization.
+
+    Attributes
+    ----------
+    grids
+        Parameter of weights -> the integers that they were stored as, axis 0 being the output channels.
+    refused
+        Parameter of weights -> why the layer's input is not quantized here, though the file says so.
+    """
+
+    model: onnx.ModelProto
+    grids: dict[str, WeightGrid]
+    refused: dict[str, str]
+
+
+def normalize_graph(model: onnx.ModelProto) -> NormalizedGraph:
     """Return a copy of the model in the form that the module's docstring describes, for batches of one image.
 
     Raises
@@ -82,7 +106,7 @@ def normalize_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         value.type.tensor_type.ClearField("shape")
     rewriter = _Rewriter(onnx.shape_inference.infer_shapes(fixed, data_prop=True))
     rewriter.run()
-    return rewriter.result()
+    return NormalizedGraph(rewriter.result(), rewriter.grids, rewriter.refused)
 
 
 class _Rewriter:
@@ -102,12 +126,20 @@ class _Rewriter:
         }
         self.uses = Counter(name for node in model.graph.node for name in node.input)
         self.uses.update(value.name for value in model.graph.output)
+        self.grids: dict[str, WeightGrid] = {}
+        self.refused: dict[str, str] = {}
+        # QuantizeLinear nodes by their output, what their integers became, and why they could not be kept.
+        self.quantizing: dict[str, onnx.NodeProto] = {}
+        self.dequantized: dict[str, str] = {}
+        self.dropped: dict[str, str] = {}
 
     def run(self) -> None:
         for original in self.model.graph.node:
             node = onnx.NodeProto()
             node.CopyFrom(original)
             node.input[:] = [self.alias.get(name, name) for name in node.input]
+            if self._quantize(node) or self._dequantize(node):
+                continue
             if self._fold(node) or self._skip(node) or self._add_bias(node):
                 continue
             if node.op_type == "Conv":
@@ -189,6 +221,54 @@ class _Rewriter:
         alone = helper.make_model(graph, opset_imports=self.model.opset_import)
         return ReferenceEvaluator(alone).run(None, feeds)
 
+    def _quantize(self, node: onnx.NodeProto) -> bool:
+        """Keep a QuantizeLinear for the DequantizeLinear after it; True if the node is one."""
+        for name in node.input:
+            if name in self.quantizing and node.op_type != "DequantizeLinear":
+                raise ModelError(
+                    f"The integers {name!r} are used by {node.op_type} {layer_name(node)!r}; only "
+                    "DequantizeLinear may follow QuantizeLinear.",
+                    "Export the model in QDQ form.",
+                )
+        if node.op_type != "QuantizeLinear":
+            return False
+        if node.input[0] in self.constants:
+            self.constants[node.output[0]] = quantized_constant(node, self.constants)
+            self.origin[node.output[0]] = self.origin.get(node.input[0], node.input[0])
+        else:
+            self.quantizing[node.output[0]] = node
+        return True
+
+    def _dequantize(self, node: onnx.NodeProto) -> bool:
+        """Compute a DequantizeLinear of constants, or put it behind its QuantizeLinear; True if it is one."""
+        if node.op_type != "DequantizeLinear":
+            return False
+        source, result = node.input[0], node.output[0]
+        if source in self.constants:
+            name = clean_name(self.origin.get(source, source))
+            name = result if name in self.constants and name != self.origin.get(source) else name
+            grid = weight_grid(node, self.constants)
+            self.constants[name] = grid.values
+            self.origin[name] = self.origin[result] = name
+            self.alias[result] = name
+            self.grids[name] = grid
+        elif source in self.dequantized:
+            self.alias[result] = self.dequantized[source]
+        elif source in self.quantizing:
+            nodes = activation_nodes(self.quantizing[source], node, self.constants)
+            if isinstance(nodes, str):
+                self.alias[result] = self.quantizing[source].input[0]
+                self.dropped[self.alias[result]] = nodes
+            else:
+                self.nodes += nodes
+            self.dequantized[source] = self.alias.get(result, result)
+        else:
+            raise ModelError(
+                f"DequantizeLinear {layer_name(node)!r} reads {source!r}, which no QuantizeLinear made.",
+                "Export the model in QDQ form.",
+            )
+        return True
+
     def _skip(self, node: onnx.NodeProto) -> bool:
         """Drop what does nothing in inference."""
         if node.op_type not in ("Identity", "Dropout") or any(self.uses[name] for name in node.output[1:]):
@@ -221,7 +301,12 @@ class _Rewriter:
         """Make a layer's weight and bias its own parameters."""
         if weight is None:
             return
+        grid = self.grids.pop(node.input[1], None)
         name = self._parameter(node.input[1], f"{layer_name(node)}.weight", weight)
+        if grid is not None:
+            self.grids[name] = grid
+        if node.input[0] in self.dropped:
+            self.refused[name] = self.dropped[node.input[0]]
         if bias is None:
             bias = self._constant(node, 2)
         source = node.input[2] if len(node.input) > 2 else ""
@@ -247,9 +332,15 @@ class _Rewriter:
             return
         if node.op_type == "MatMul" and rank not in (2, None):
             return
+        grid, alpha = self.grids.pop(node.input[1], None), attributes.get("alpha", 1.0)
         if not attributes.get("transB", 0):
             weight = weight.T
-        weight = np.ascontiguousarray(weight * weight.dtype.type(attributes.get("alpha", 1.0)))
+            grid = None if grid is None else grid.transposed(alpha)
+        elif grid is not None:
+            grid = grid.transposed(alpha).transposed(1.0)
+        if grid is not None:
+            self.grids[node.input[1]] = grid
+        weight = np.ascontiguousarray(weight * weight.dtype.type(alpha))
         bias = self._constant(node, 2)
         if bias is not None:
             bias = bias * bias.dtype.type(attributes.get("beta", 1.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from tvm_compress.importer.parameters import finish_import
 
 if TYPE_CHECKING:
     import onnx
+
+    from tvm_compress.importer.onnx_qdq import WeightGrid
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -33,7 +37,16 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def import_onnx(model: onnx.ModelProto) -> tvm.IRModule:
+@dataclass(frozen=True)
+class ImportedOnnx:
+    """A module, and what the file said of quantization (see `onnx_graph.NormalizedGraph`)."""
+
+    module: tvm.IRModule
+    grids: Mapping[str, WeightGrid]
+    refused: Mapping[str, str]
+
+
+def import_onnx(model: onnx.ModelProto) -> ImportedOnnx:
     """Turn an ONNX model into a Relax module whose parameters bear their layers' names.
 
     Raises
@@ -63,10 +76,10 @@ def import_onnx(model: onnx.ModelProto) -> tvm.IRModule:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = from_onnx(graph, keep_params_in_input=True)
+            module = from_onnx(graph.model, keep_params_in_input=True)
     except Exception as error:  # the importer raises assertions, key and value errors alike
         raise ModelError(f"TVM's importer fails on this ONNX model: {error}.") from error
-    return finish_import(_exact_epsilons(module), {})
+    return ImportedOnnx(finish_import(_exact_epsilons(module), {}), graph.grids, graph.refused)
 
 
 def _exact_epsilons(module: tvm.IRModule) -> tvm.IRModule:

@@ -41,6 +41,8 @@ def parameter_bytes(sites: Sequence[Site], policy: CompressionPolicy, others: in
         wanted = policy[site.name]
         values = int(np.prod(site.weight_shape))
         bits = stored_bits(2**wanted.codebook_bits) if wanted.codebook_bits else wanted.weight_bits
+        if wanted.scheme == "int8":
+            bits = 8  # a coarser grid is stored in bytes all the same
         total += -(-values * bits // 8)
         total += site.out_channels * (8 if wanted.quantized else 4)
     return total

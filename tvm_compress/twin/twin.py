@@ -281,15 +281,20 @@ class Twin(torch.nn.Module):
         At the integer stage these are the int32 accumulators.
         """
         kept: dict[str, list[np.ndarray]] = {name: [] for name in self.sites}
+        self.site_outputs(x, lambda name, value: kept[name].append(np.array(value)), batch_size)
+        return {name: np.concatenate(parts) for name, parts in kept.items()}
 
-        def keep(name: str, value: torch.Tensor) -> None:
-            kept[name].append(np.array(value))
+    def site_outputs(
+        self, x: np.ndarray, callback: Callable[[str, torch.Tensor], None], batch_size: int = 256
+    ) -> None:
+        """Call back for each batch with what each site computes, in order of execution.
 
-        observers = {slot: partial(keep, name) for slot, (name, _) in self._layers.items()}
+        The callback may change the tensor in place: what follows then reads the changed values.
+        """
+        observers = {slot: partial(callback, name) for slot, (name, _) in self._layers.items()}
         with self._evaluating(), torch.no_grad():
             for batch in self._batches(x, batch_size):
                 self._run(batch, observers)
-        return {name: np.concatenate(parts) for name, parts in kept.items()}
 
     def reestimate_batch_norm(self, x: np.ndarray, batch_size: int = 256) -> None:
         """Recompute the running statistics from `x` [N, C, H, W], without labels, by cumulative averaging.
