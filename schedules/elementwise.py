@@ -75,8 +75,7 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
 
     def value(x: Any, *multiplier: Any) -> Any:
         factor = multiplier[0] if multiplier else None
-        if chosen.by_halves:
-            assert factor is not None
+        if chosen.by_halves and factor is not None:
             rounded = rounded_high_product(x, factor, shift)
         else:
             rounded = rounded_product(x, factor, shift, chosen.product)
