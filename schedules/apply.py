@@ -14,21 +14,39 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import bitserial, codebook, elementwise, fp32, int8, kernel, narrow, ops
+from tvm_compress.schedules import (
+    bitserial,
+    codebook,
+    depthwise,
+    elementwise,
+    fp32,
+    int8,
+    kernel,
+    narrow,
+    ops,
+)
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.kernel_key import kernel_key
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
 FAMILIES: dict[str, KernelFamily] = {
-    family.name: family for family in (fp32.FAMILY, int8.FAMILY, bitserial.FAMILY, narrow.FAMILY)
+    family.name: family
+    for family in (
+        fp32.FAMILY,
+        int8.FAMILY,
+        bitserial.FAMILY,
+        narrow.FAMILY,
+        depthwise.FP32,
+        depthwise.INT8,
+    )
 }
 
 # What sites' schemes are called; a family of the same name serves each (and may leave a site to another).
 SCHEMES = ("fp32", "int8", "bitserial")
 
-# Families that sites of scheme "bitserial" may get, whose sums of products are all of one kind to a model.
-_KINDS = {"narrow": "int8"}
+# Families whose products are of the same kind to a model as those of another.
+_KINDS = {"narrow": "int8", "depthwise_fp32": "fp32", "depthwise_int8": "int8"}
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -287,6 +305,7 @@ def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> 
         features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
     for name, family in (("popcount", "bitserial"), ("dot", "int8"), ("narrow", "narrow")):
         features[f"backend_{name}"] = float(info.get("backend") == family)
+    features["backend_depthwise"] = float(str(info.get("backend")).startswith("depthwise"))
     features["activation_bits"] = float(info.get("activation_bits", 32))
     features["weight_bits"] = float(info.get("weight_bits", 32))
     macs = 0.0

@@ -1,5 +1,6 @@
 """All but convolutions and dense layers: the dialect's element-wise operators, and schedules for the rest."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -58,8 +59,9 @@ def legalize_dequantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
 def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
     """Replace tvm_compress.requantize; see schedules.ops for what it computes.
 
-    Where its `bound` and the multipliers prove that no product leaves 32 bits, all is computed in 32 bits,
-    whose vectors hold twice as many values. A multiplier of 1 and bounds that hold anyway are left out.
+    What its `bound`, its multipliers and its shift prove decides how wide the integers are on the way: the
+    narrower, the more values a vector holds (see `Arithmetic`). A multiplier of 1 and bounds that hold
+    anyway are left out.
     """
     attrs = call.attrs
     shift, zero_point = int(attrs["shift"]), int(attrs["zero_point"])
@@ -68,16 +70,18 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
         raise KernelError(f"A requantization's shift must lie within 0 and 62, not at {shift}.")
     factors = kernel.constant_array(call.args[1], "multiplier").astype(np.int64)
     bound = int(attrs["bound"]) if "bound" in attrs else 2**31
-    product = bound * int(np.abs(factors).max(initial=0)) + ((1 << shift) >> 1)
-    largest = product >> shift
-    limits = (low - zero_point, high - zero_point)
-    narrow = largest < 2**31 and all(-(2**31) <= limit < 2**31 for limit in limits)
-    work, wide = ("int32" if fits else "int64" for fits in (product < 2**31, narrow))
+    chosen = choose_arithmetic(factors, shift, bound, zero_point, low, high)
     identity = factors.size == 1 and int(factors.flat[0]) == 1
 
     def value(x: Any, *multiplier: Any) -> Any:
-        rounded = rounded_product(x, multiplier[0] if multiplier else None, shift, work).astype(wide)
-        return clamp(rounded, wide, *limits, zero_point, largest).astype("int32").astype(dtype)
+        factor = multiplier[0] if multiplier else None
+        if chosen.by_halves and factor is not None:
+            rounded = rounded_high_product(x, factor, shift)
+        else:
+            rounded = rounded_product(x, factor, shift, chosen.product)
+        rounded = rounded.astype(chosen.result)
+        limits = (low - zero_point, high - zero_point)
+        return clamp(rounded, chosen.result, *limits, zero_point, chosen.largest).astype(dtype)
 
     def compute(x: te.Tensor, *multiplier: te.Tensor) -> te.Tensor:
         return te.compute(
@@ -90,13 +94,91 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
     return bb.call_te(compute, *args, primfunc_name_hint="requantize")
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """The integers that a requantization computes with.
+
+    Attributes
+    ----------
+    by_halves
+        Whether the product is cut to its upper 33 bits before it is rounded, see `rounded_high_product`.
+    product
+        Type of the product, where it is not.
+    result
+        Type from the rounded product on.
+    largest
+        What the rounded product never exceeds in magnitude.
+    """
+
+    by_halves: bool
+    product: str
+    result: str
+    largest: int
+
+
+def choose_arithmetic(
+    factors: np.ndarray, shift: int, bound: int, zero_point: int, low: int, high: int
+) -> Arithmetic:
+    """Return the narrowest integers that hold what |x| <= bound leads to.
+
+    Parameters
+    ----------
+    factors
+        int64, the multipliers.
+    """
+    product = bound * int(np.abs(factors).max(initial=0)) + ((1 << shift) >> 1)
+    largest = product >> shift
+    ends = (largest, -largest, low - zero_point, high - zero_point)
+    results = [*ends, *(end + zero_point for end in ends)]
+    result = next(
+        dtype
+        for dtype in ("int16", "int32", "int64")
+        if dtype == "int64" or all(abs(value) <= np.iinfo(dtype).max for value in results)
+    )
+    narrow = product < 2**31
+    by_halves = not narrow and shift > HIGH_SHIFT and product < 2**62 and not may_tie(factors, shift, bound)
+    return Arithmetic(by_halves, "int32" if narrow else "int64", result, largest)
+
+
+def may_tie(factors: np.ndarray, shift: int, bound: int) -> bool:
+    """Whether x * factor / 2**shift may lie exactly between two integers, for some |x| <= bound, x not 0.
+
+    Then 2**(shift - 1) divides the product: its factors of 2 come from the multiplier and from x.
+    """
+    present = factors[factors != 0]
+    if not present.size:
+        return False
+    twos = int(np.log2(present & -present).max())
+    return twos + max(bound.bit_length() - 1, 0) >= shift - 1
+
+
 def clamp(x: Any, dtype: str, low: int, high: int, offset: int, largest: int) -> Any:
-    """Return min(max(x, low), high) + offset, without bounds that |x| <= largest implies or a zero offset."""
+    """Return min(max(x, low), high) + offset, without bounds that |x| <= largest implies or a zero offset.
+
+    The offset is added first: clamping to the range of bytes and narrowing to them is one instruction.
+    """
+    if offset:
+        x = x + tirx.const(offset, dtype)
     if low > -largest:
-        x = tirx.max(x, tirx.const(low, dtype))
+        x = tirx.max(x, tirx.const(low + offset, dtype))
     if high < largest:
-        x = tirx.min(x, tirx.const(high, dtype))
-    return x + tirx.const(offset, dtype) if offset else x
+        x = tirx.min(x, tirx.const(high + offset, dtype))
+    return x
+
+
+# The lower bits of a product that `rounded_high_product` drops.
+HIGH_SHIFT = 31
+
+
+def rounded_high_product(x: Any, multiplier: Any, shift: int) -> Any:
+    """Return x * multiplier / 2**shift rounded to nearest, as int32, where no product lies halfway.
+
+    floor((floor(p / 2**31) + half) / 2**s) = floor((p + half * 2**31) / 2**(31 + s)): what is dropped first
+    cannot change the result. Of the 64-bit product only the upper part is kept, and all else has 32 bits.
+    """
+    product = (x.astype("int64") * multiplier.astype("int64")) >> tirx.const(HIGH_SHIFT, "int64")
+    rest = shift - HIGH_SHIFT
+    return (product.astype("int32") + tirx.const(1 << (rest - 1), "int32")) >> tirx.const(rest, "int32")
 
 
 def rounded_product(x: Any, multiplier: Any | None, shift: int, dtype: str) -> Any:

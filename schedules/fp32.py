@@ -10,9 +10,9 @@ from tvm import relax, s_tir, te, topi
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import kernel, sparse
+from tvm_compress.schedules import depthwise, kernel, packing, sparse
 from tvm_compress.schedules.codebook import Weights, read_weights
-from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
+from tvm_compress.schedules.kernel import FusedKernel, KernelFamily, conv_geometry
 from tvm_compress.schedules.target_rules import TargetRules
 
 # The innermost reduction loops are unrolled up to this many iterations: enough for a first layer's single
@@ -89,27 +89,10 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
             "Run Canonicalize first.",
         )
     weight = read_weights(bb, call.args[1], "weights")
-    groups, in_channels = int(attrs.groups), int(call.args[0].ty.shape[3])
-    if groups > 1 and groups == in_channels == weight.shape[0]:
-        return _legalize_depthwise(bb, call, weight, rules)
-    return _legalize_conv(bb, call, weight, rules)
-
-
-def conv_geometry(call: relax.Call, weight_shape: Sequence[int]) -> dict[str, Any]:
-    """Return a convolution call's shapes and attributes by the names of kernel.kernel_attrs."""
-    attrs = call.attrs
-    n, h, w, c = (int(extent) for extent in call.args[0].ty.shape)
-    top, left, bottom, right = (int(p) for p in attrs["padding"])
-    (sh, sw), (dh, dw) = ([int(v) for v in attrs[key]] for key in ("strides", "dilation"))
-    oc, _, kh, kw = (int(extent) for extent in weight_shape)
-    return {
-        "operator": "conv2d",
-        "N": n, "H": h, "W": w, "IC": c, "OC": oc, "KH": kh, "KW": kw,
-        "OH": (h + top + bottom - dh * (kh - 1) - 1) // sh + 1,
-        "OW": (w + left + right - dw * (kw - 1) - 1) // sw + 1,
-        "stride": sh, "strides": [sh, sw], "dilation": [dh, dw], "padding": [top, left, bottom, right],
-        "groups": int(attrs["groups"]),
-    }  # fmt: skip
+    info = conv_geometry(call, weight.shape)
+    if depthwise.is_depthwise(info["groups"], info["IC"]):
+        return depthwise.legalize_float(bb, call, info, weight, rules)
+    return _legalize_conv(bb, call, info, weight, rules)
 
 
 def padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int, value: Any = 0.0) -> te.Tensor:
@@ -142,17 +125,21 @@ def pack_weights(weight: np.ndarray, block: int) -> np.ndarray:
 
 
 def _legalize_conv(
-    bb: relax.BlockBuilder, call: relax.Call, weight: Weights, rules: TargetRules
+    bb: relax.BlockBuilder, call: relax.Call, info: dict[str, Any], weight: Weights, rules: TargetRules
 ) -> relax.Expr:
-    info = conv_geometry(call, weight.shape)
-    per_group = info["OC"] // info["groups"]
-    reduction = weight.shape[1] * info["KH"] * info["KW"]
-    tile = choose_tile(rules, info["OH"], info["OW"], per_group, reduction)
-    block = tile.vectors * rules.fp32_lanes
-    if info["groups"] > 1 and per_group % block:
+    lanes, groups = rules.fp32_lanes, info["groups"]
+    if weight.codebook is None:
+        # Indices into a codebook have no zero to stand between groups.
+        groups = packing.merged_groups(groups, info["OC"] // groups, lanes)
+        weight = Weights(packing.merge_groups(weight.array, info["groups"], groups))
+    per_group = info["OC"] // groups
+    tile = choose_tile(rules, info["OH"], info["OW"], per_group, math.prod(weight.shape[1:]))
+    block = tile.vectors * lanes
+    if groups > 1:
         # A block must stay inside of its group.
-        block = _block_within(per_group, rules.fp32_lanes)
-    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
+        fitting = [size for size in range(lanes, block + 1, lanes) if per_group % size == 0]
+        block = max(fitting, default=kernel.vector_factor(per_group, lanes))
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "groups_left": groups}
     info |= {"block": block, "tile": [tile.rows, tile.columns], "IC_per_group": weight.shape[1]}
     packed = weight.packed(
         bb,
@@ -166,22 +153,17 @@ def _legalize_conv(
     )  # fmt: skip
 
 
-def _block_within(channels: int, lanes: int) -> int:
-    """Return the largest block of up to 2 vectors, else of a power of two, that divides `channels`."""
-    return kernel.vector_factor(channels, 2 * lanes)
-
-
 def _conv_compute(x: te.Tensor, weight: te.Tensor, info: dict[str, Any]) -> te.Tensor:
     (sh, sw), (dh, dw) = info["strides"], info["dilation"]
     rows, columns = (_round_up(info[key], t) for key, t in zip(("OH", "OW"), info["tile"], strict=True))
-    block, per_group, ic_group = info["block"], info["OC"] // info["groups"], info["IC_per_group"]
+    block, per_group, ic_group = info["block"], info["OC"] // info["groups_left"], info["IC_per_group"]
     channels = _round_up(info["OC"], block)
     padded = padded_input(x, info, rows, columns)
     kh, kw = te.reduce_axis((0, info["KH"]), "kh"), te.reduce_axis((0, info["KW"]), "kw")
     ic = te.reduce_axis((0, ic_group), "ic")
 
     def value(n: Any, h: Any, w: Any, c: Any) -> Any:
-        channel = ic if info["groups"] == 1 else c // per_group * ic_group + ic
+        channel = ic if info["groups_left"] == 1 else c // per_group * ic_group + ic
         pixel = padded[n, h * sh + kh * dh, w * sw + kw * dw, channel]
         return te.sum(pixel * weight[c // block, kh, kw, ic, c % block], axis=[kh, kw, ic])
 
@@ -196,39 +178,6 @@ def crop(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
     if tuple(int(extent) for extent in x.shape) == tuple(shape):
         return x
     return te.compute(tuple(shape), lambda *indices: x(*indices), name="crop")
-
-
-def _legalize_depthwise(
-    bb: relax.BlockBuilder, call: relax.Call, weight: Weights, rules: TargetRules
-) -> relax.Expr:
-    info = conv_geometry(call, weight.shape)
-    block = kernel.vector_factor(info["OC"], 2 * rules.fp32_lanes)
-    tile = choose_tile(rules, 1, info["OW"], block, info["KH"] * info["KW"])
-    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
-    info |= {"block": block, "tile": [1, tile.columns]}
-
-    def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
-        (sh, sw), (dh, dw) = info["strides"], info["dilation"]
-        columns = _round_up(info["OW"], tile.columns)
-        padded = padded_input(x, info, info["OH"], columns)
-        kh, kw = te.reduce_axis((0, info["KH"]), "kh"), te.reduce_axis((0, info["KW"]), "kw")
-        result = te.compute(
-            (info["N"], info["OH"], columns, info["OC"]),
-            lambda n, h, w, c: te.sum(
-                padded[n, h * sh + kh * dh, w * sw + kw * dw, c] * packed[kh, kw, c], axis=[kh, kw]
-            ),
-            name="conv",
-            attrs=kernel.kernel_attrs("fp32", info),
-        )
-        return crop(result, (info["N"], info["OH"], info["OW"], info["OC"]))
-
-    packed = weight.packed(
-        bb, lambda array: array[:, 0].transpose(1, 2, 0), lambda *place: place[-1], info["OC"]
-    )
-    return bb.call_te(
-        compute, call.args[0], packed,
-        primfunc_name_hint="depthwise_fp32", primfunc_attrs={"op_pattern": 4},
-    )  # fmt: skip
 
 
 def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:

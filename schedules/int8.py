@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV
 
-from tvm_compress.schedules import packing
+from tvm_compress.schedules import depthwise, packing
 from tvm_compress.schedules.intrin.dot import Dot, dot_for
 from tvm_compress.schedules.kernel import (
     MIN_PARALLEL_MACS,
@@ -21,6 +21,7 @@ from tvm_compress.schedules.kernel import (
     KernelFamily,
     inner,
     kernel_attrs,
+    loop_extent,
     parallelize,
     schedule_injective,
     vector_factor,
@@ -34,6 +35,9 @@ _MAX_ROW_CHANNELS = 4
 
 # With fewer accumulators a tile waits for the latency of its additions.
 _LEAST_ACCUMULATORS = 6
+
+# Channels that are written at once: a vector register of bytes.
+_BYTES_WRITTEN = 16
 
 # op_pattern of TVM's fusion: element-wise operators may follow in the same PrimFunc.
 OUT_FUSABLE = 4
@@ -106,24 +110,24 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
         Where weights are no constants or out of range, or the sums may overflow int32.
     """
     layer = packing.read_layer(call)
-    if layer.groups > 1:
-        packing.check_accumulator(layer, *_data_range(layer.data_dtype, 0))
-        weight = packing.pack_grouped_weight(layer.weight)
-        compute = _grouped_compute(layer)
-        bias = packing.fold_bias(layer)
-    else:
-        dot = dot_for(rules.isa)
-        offset = dot.offset(layer.data_dtype)
-        packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
-        as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1
-        source = packing.pack_rows_weight(layer.weight) if as_rows else layer.weight
-        vectors = packing.round_up(layer.out_channels, dot.lanes) // dot.lanes
-        vector_bytes = dot.lanes * source[0].size * np.dtype(dot.weight_dtype).itemsize
-        cached = rules.l1_bytes // 2 // vector_bytes
-        tile = choose_tile(layer.out_size, vectors, dot.registers, dot.vector_cost, cached)
-        weight = packing.pack_dot_weight(source, dot, tile.vectors * dot.lanes)
-        compute = _dot_compute(layer, dot, tile, as_rows)
-        bias = packing.fold_bias(layer, offset)
+    if depthwise.is_depthwise(layer.groups, layer.in_channels):
+        return depthwise.legalize_integer(bb, call, layer, rules)
+    dot = dot_for(rules.isa)
+    offset = dot.offset(layer.data_dtype)
+    packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
+    groups = packing.merged_groups(layer.groups, layer.out_channels // layer.groups, dot.lanes)
+    as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1 and groups == 1
+    source = packing.merge_groups(layer.weight, layer.groups, groups)
+    if as_rows:
+        source = packing.pack_rows_weight(source)
+    # A tile's channels are of one group.
+    vectors = packing.round_up(layer.out_channels // groups, dot.lanes) // dot.lanes
+    vector_bytes = dot.lanes * source[0].size * np.dtype(dot.weight_dtype).itemsize
+    cached = rules.l1_bytes // 2 // vector_bytes
+    tile = choose_tile(layer.out_size, vectors, dot.registers, dot.vector_cost, cached)
+    weight = packing.pack_dot_weight(source, dot, tile.vectors * dot.lanes)
+    compute = _dot_compute(layer, groups, dot, tile, as_rows)
+    bias = packing.fold_bias(layer, offset)
     return bb.call_te(
         compute,
         call.args[0],
@@ -140,9 +144,15 @@ def _data_range(dtype: str, offset: int) -> tuple[int, int]:
 
 
 def _stored(
-    layer: IntegerLayer, data: te.Tensor, dtype: str, offset: int, channels: int, row: int | None = None
+    layer: IntegerLayer,
+    data: te.Tensor,
+    dtype: str,
+    offset: int,
+    channels: int,
+    row: int | None = None,
+    groups: int = 1,
 ) -> te.Tensor:
-    """Pad the data in space and to `channels`, add `offset` and change the type.
+    """Pad the data in space and each group to `channels`, add `offset` and change the type.
 
     With `row`, the width and the channels are one axis of that many values, as the memory of NHWC has them.
     """
@@ -150,7 +160,8 @@ def _stored(
     n, h, w, ic = layer.data_shape
     height, width = layer.padded_size
 
-    def value(image: Any, y: Any, x: Any, c: Any) -> Any:
+    def value(image: Any, y: Any, x: Any, place: Any) -> Any:
+        c = place if channels == ic // groups else place // channels * (ic // groups) + place % channels
         element = data[x, c] if layer.operator == "dense" else data[image, y - top, x - left, c]
         # The sum with the offset fits int16, and the result fits the type.
         stored = element.astype("int16") + tirx.const(offset, "int16") if offset else element
@@ -158,8 +169,8 @@ def _stored(
         inside = []
         if layer.is_padded or row is not None:
             inside = [y >= top, y < top + h, x >= left, x < left + w]
-        if channels > ic:
-            inside.append(c < ic)
+        if channels > ic // groups:
+            inside.append(place % channels < ic // groups)
         if not inside:
             return stored
         return tirx.if_then_else(tirx.all(*inside), stored, tirx.const(layer.zero_point + offset, dtype))
@@ -171,18 +182,20 @@ def _stored(
             name="stored",
             tag="stored",
         )
-    return te.compute((n, height, width, channels), value, name="stored")
+    return te.compute((n, height, width, groups * channels), value, name="stored")
 
 
-def _dot_compute(layer: IntegerLayer, dot: Dot, tile: Tile, as_rows: bool) -> Callable[..., te.Tensor]:
-    """Return the te function of (data, packed weight, bias) for an ungrouped layer."""
+def _dot_compute(
+    layer: IntegerLayer, groups: int, dot: Dot, tile: Tile, as_rows: bool
+) -> Callable[..., te.Tensor]:
+    """Return the te function of (data, packed weight, bias), of as many groups as were left."""
     n, _, _, ic = layer.data_shape
     out_height, out_width = layer.out_size
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel, layer.strides, layer.dilation
     if as_rows:
         depth, columns = packing.round_up(kw * ic, dot.depth), 1
     else:
-        depth, columns = packing.round_up(ic, dot.depth), kw
+        depth, columns = packing.round_up(ic // groups, dot.depth), kw
     block = tile.vectors * dot.lanes
     padded_out = packing.round_up(layer.out_channels, block)
     attrs = kernel_attrs("int8", {**layer.info(), "tile": [tile.height, tile.width, tile.vectors]})
@@ -193,12 +206,13 @@ def _dot_compute(layer: IntegerLayer, dot: Dot, tile: Tile, as_rows: bool) -> Ca
             row = max(layer.padded_size[1] * ic, (out_width - 1) * sw * ic + depth)
             stored = _stored(layer, data, dot.data_dtype, offset, ic, row)
         else:
-            stored = _stored(layer, data, dot.data_dtype, offset, depth)
+            stored = _stored(layer, data, dot.data_dtype, offset, depth, groups=groups)
 
-        def activation(image: Any, y: Any, x: Any, ry: Any, rx: Any, k: Any) -> Any:
+        def activation(image: Any, y: Any, x: Any, c: Any, ry: Any, rx: Any, k: Any) -> Any:
             if as_rows:
                 return stored[image, y * sh + ry * dh, x * (sw * ic) + k]
-            return stored[image, y * sh + ry * dh, x * sw + rx * dw, k]
+            first = 0 if groups == 1 else c // (layer.out_channels // groups) * depth
+            return stored[image, y * sh + ry * dh, x * sw + rx * dw, first + k]
 
         ry = te.reduce_axis((0, kh), "ry")
         rx = te.reduce_axis((0, columns), "rx")
@@ -206,7 +220,7 @@ def _dot_compute(layer: IntegerLayer, dot: Dot, tile: Tile, as_rows: bool) -> Ca
         sums = te.compute(
             (n, out_height, out_width, padded_out),
             lambda image, y, x, c: te.sum(
-                activation(image, y, x, ry, rx, rk).astype("int32")
+                activation(image, y, x, c, ry, rx, rk).astype("int32")
                 * weight(
                     c // block,
                     ry,
@@ -231,53 +245,20 @@ def add_bias(layer: IntegerLayer, sums: te.Tensor, bias: te.Tensor) -> te.Tensor
     height, width = layer.out_size
     channels = layer.out_channels
     if layer.operator == "dense":
-        return te.compute((width, channels), lambda x, c: sums[0, 0, x, c] + bias[c], name="biased")
-    return te.compute(
-        (n, height, width, channels), lambda image, y, x, c: sums[image, y, x, c] + bias[c], name="biased"
-    )
-
-
-def _grouped_compute(layer: IntegerLayer) -> Callable[..., te.Tensor]:
-    """Return the te function of (data, weight [KH, KW, IC / groups, OC], bias) for a grouped layer."""
-    n, _, _, ic = layer.data_shape
-    out_height, out_width = layer.out_size
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel, layer.strides, layer.dilation
-    ic_group, oc_group = ic // layer.groups, layer.out_channels // layer.groups
-    attrs = kernel_attrs("int8", layer.info())
-
-    def compute(data: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
-        stored = _stored(layer, data, "int16", 0, ic)
-        ry = te.reduce_axis((0, kh), "ry")
-        rx = te.reduce_axis((0, kw), "rx")
-        rk = te.reduce_axis((0, ic_group), "rk")
-        sums = te.compute(
-            (n, out_height, out_width, layer.out_channels),
-            lambda image, y, x, c: te.sum(
-                stored[image, y * sh + ry * dh, x * sw + rx * dw, c // oc_group * ic_group + rk].astype(
-                    "int32"
-                )
-                * weight[ry, rx, rk, c].astype("int32"),
-                axis=[ry, rx, rk],
-            ),
-            name="sums",
-            attrs=attrs,
+        return te.compute(
+            (width, channels), lambda x, c: packing.wrapping_sum(sums[0, 0, x, c], bias[c]), name="biased"
         )
-        return add_bias(layer, sums, bias)
-
-    return compute
+    return te.compute(
+        (n, height, width, channels),
+        lambda image, y, x, c: packing.wrapping_sum(sums[image, y, x, c], bias[c]),
+        name="biased",
+    )
 
 
 def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
     """Schedule a fused INT8 PrimFunc in place."""
     for block in kernel.producers:
         schedule_injective(sch, block, rules, item_bits=16)
-    if kernel.info["groups"] > 1:
-        _schedule_grouped(sch, kernel, rules)
-    else:
-        _schedule_dot(sch, kernel, rules)
-
-
-def _schedule_dot(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
     dot = dot_for(rules.isa)
     tile = Tile(*kernel.info["tile"])
     sums = kernel.main
@@ -311,6 +292,9 @@ def write_tile(sch: s_tir.Schedule, kernel: FusedKernel, c_block: LoopRV, x_tile
     """
     last = kernel.write_at(x_tile)
     *pixels, channels = inner(sch, last, x_tile)
+    if not has_overhang(sch, kernel):
+        # A whole register of bytes, where the block has them.
+        lanes = max(lanes, vector_factor(loop_extent(sch, channels), _BYTES_WRITTEN))
     vectors, vector = sch.split(channels, [None, lanes])
     sch.vectorize(vector)
     for loop in (*pixels, vectors):
@@ -332,25 +316,6 @@ def parallelize_outputs(
     if has_overhang(sch, kernel):
         loops = loops[:-1]  # a loop that will be cut stays alone
     parallelize(sch, sch.fuse(*loops), rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
-
-
-def _schedule_grouped(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:
-    """Vectors over output channels, a few pixels at once; nothing is assumed of the groups."""
-    info = kernel.info
-    lanes = vector_factor(info["OC"], rules.vector_bits // 32)
-    sums = kernel.main
-    image, y, x, c, ry, rx, rk = sch.get_loops(sums)
-    c_block, lane = sch.split(c, [None, lanes])
-    x_tile, x_in = sch.split(x, [None, max(d for d in divisors(info["OW"]) if d <= 8)])
-    sch.reorder(image, y, x_tile, c_block, ry, rx, rk, x_in, lane)
-    outer = sch.fuse(image, y)
-    parallelize(sch, outer, rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
-    last = kernel.write_at(c_block)
-    vectorize_inner(sch, inner(sch, last, c_block), lanes)
-    if lanes > 1:
-        sch.vectorize(lane)
-    sch.unroll(x_in)
-    sch.decompose_reduction(sums, ry)
 
 
 FAMILY = KernelFamily("int8", legalize, schedule)

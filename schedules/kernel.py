@@ -60,6 +60,23 @@ def kernel_attrs(family: str, info: Mapping[str, Any]) -> dict[str, str]:
     return {KERNEL: family, INFO: json.dumps(dict(info), sort_keys=True)}
 
 
+def conv_geometry(call: relax.Call, weight_shape: Sequence[int]) -> dict[str, Any]:
+    """Return a convolution call's shapes and attributes by the names of kernel.kernel_attrs."""
+    attrs = call.attrs
+    n, h, w, c = (int(extent) for extent in call.args[0].ty.shape)
+    top, left, bottom, right = (int(p) for p in attrs["padding"])
+    (sh, sw), (dh, dw) = ([int(v) for v in attrs[key]] for key in ("strides", "dilation"))
+    oc, _, kh, kw = (int(extent) for extent in weight_shape)
+    return {
+        "operator": "conv2d",
+        "N": n, "H": h, "W": w, "IC": c, "OC": oc, "KH": kh, "KW": kw,
+        "OH": (h + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+        "OW": (w + left + right - dw * (kw - 1) - 1) // sw + 1,
+        "stride": sh, "strides": [sh, sw], "dilation": [dh, dw], "padding": [top, left, bottom, right],
+        "groups": int(attrs["groups"]),
+    }  # fmt: skip
+
+
 class FusedKernel:
     """The blocks of one PrimFunc by the part they play around the annotated main block.
 

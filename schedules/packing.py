@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, tirx
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules.intrin.dot import Dot
@@ -196,6 +196,16 @@ def fold_bias(layer: IntegerLayer, offset: int = 0) -> np.ndarray:
     return (layer.bias.astype(np.int64) - (layer.zero_point + offset) * layer.weight_sums).astype(np.int32)
 
 
+def wrapping_sum(a: Any, b: Any) -> Any:
+    """Return a + b, int32, for code that LLVM shall not widen.
+
+    Of a signed sum LLVM knows that it cannot overflow, and would rather add 64-bit numbers than widen it:
+    then a multiplication that follows is no longer one of 32-bit numbers.
+    """
+    # Reinterpreted and not cast: TVM takes what was cast from unsigned for positive.
+    return tirx.reinterpret("int32", tirx.reinterpret("uint32", a) + tirx.reinterpret("uint32", b))
+
+
 def round_up(value: int, multiple: int) -> int:
     """Return the least multiple that is not below value."""
     return -(-value // multiple) * multiple
@@ -238,9 +248,34 @@ def pack_rows_weight(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight.transpose(0, 3, 1, 2).reshape(o, kw * i, kh, 1))
 
 
-def pack_grouped_weight(weight: np.ndarray) -> np.ndarray:
-    """Turn [O, I, KH, KW] into [KH, KW, I, O]: vectors over output channels."""
-    return np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
+def merged_groups(groups: int, channels: int, lanes: int) -> int:
+    """Return how many groups are left if as many are merged as fill whole vectors of output channels.
+
+    Parameters
+    ----------
+    groups, channels
+        Groups, and output channels of each.
+    lanes
+        Output channels of a vector.
+    """
+    for merged in range(1, groups):
+        if groups % merged == 0 and merged * channels % lanes == 0:
+            return groups // merged
+    return 1
+
+
+def merge_groups(weight: np.ndarray, groups: int, left: int) -> np.ndarray:
+    """Turn the weights [O, I / groups, KH, KW] of `groups` groups into [O, I / left, KH, KW] of `left`.
+
+    The weights between groups that were apart are zeros.
+    """
+    o, i, kh, kw = weight.shape
+    merged = groups // left
+    full = np.zeros((left, merged, o // groups, merged, i, kh, kw), weight.dtype)
+    split = weight.reshape(left, merged, o // groups, i, kh, kw)
+    for group in range(merged):
+        full[:, group, :, group] = split[:, group]
+    return full.reshape(o, merged * i, kh, kw)
 
 
 def pack_weight_bits(weight: np.ndarray, bits: int, block: int) -> np.ndarray:

@@ -288,6 +288,61 @@ class ResNet20(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
+class _InvertedResidual(nn.Module):
+    """1 x 1 convolution to `expansion` times the channels, depthwise 3 x 3, 1 x 1 without activation."""
+
+    def __init__(self, ins: int, outs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = ins * expansion
+        layers = _unit(ins, hidden, 1) if expansion != 1 else []
+        layers += _unit(hidden, hidden, 3, stride, groups=hidden)
+        layers += [nn.Conv2d(hidden, outs, 1, bias=False), nn.BatchNorm2d(outs)]
+        self.conv = nn.Sequential(*layers)
+        self.residual = stride == 1 and ins == outs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer."""
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+def _unit(ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(ins, outs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outs),
+        nn.ReLU6(),
+    ]
+
+
+# (expansion, channels, blocks, stride of the first) of each stage: table 2 of the paper.
+_MOBILENET_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 of width 1 (Sandler et al. 2018): inverted residuals with ReLU6."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        layers, ins = _unit(3, 32, 3, 2), 32
+        for expansion, outs, blocks, stride in _MOBILENET_V2_STAGES:
+            for block in range(blocks):
+                layers.append(_InvertedResidual(ins, outs, stride if block == 0 else 1, expansion))
+                ins = outs
+        self.features = nn.Sequential(*layers, *_unit(ins, 1280, 1))
+        self.classifier = nn.Linear(1280, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the logits."""
+        return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+
 CIFAR, FASHION = (3, 32, 32), (1, 28, 28)
 VGG_SIMPLE = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 VGG13 = [16, 16, "M", 32, 32, "M", 64, 64, "M", 128, 128, "M", 128, 128, "M"]
