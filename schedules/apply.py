@@ -14,21 +14,22 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import bitserial, codebook, elementwise, fp32, int8, kernel, narrow, ops
+from tvm_compress.schedules import bitserial, codebook, elementwise, fp32, int8, kernel, narrow, ops, winograd
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.kernel_key import kernel_key
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 
 FAMILIES: dict[str, KernelFamily] = {
-    family.name: family for family in (fp32.FAMILY, int8.FAMILY, bitserial.FAMILY, narrow.FAMILY)
+    family.name: family
+    for family in (fp32.FAMILY, winograd.FAMILY, int8.FAMILY, bitserial.FAMILY, narrow.FAMILY)
 }
 
 # What sites' schemes are called; a family of the same name serves each (and may leave a site to another).
 SCHEMES = ("fp32", "int8", "bitserial")
 
-# Families that sites of scheme "bitserial" may get, whose sums of products are all of one kind to a model.
-_KINDS = {"narrow": "int8"}
+# Families that do the work of another one, whose kernels are all of one kind to a model.
+_KINDS = {"narrow": "int8", "winograd": "fp32"}
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -135,7 +136,7 @@ def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder,
         return FAMILIES[str(call.attrs["scheme"])].legalize(bb, call, rules)
 
     return (
-        {name: bound(fp32.FAMILY.legalize) for name in _FP32_SITES}
+        {"relax.nn.conv2d": bound(winograd.FAMILY.legalize), "relax.matmul": bound(fp32.FAMILY.legalize)}
         | dict.fromkeys(_INTEGER_SITES, integer_site)
         | {ops.PREFIX + name: bound(legalize) for name, legalize in _ELEMENTWISE.items()}
     )
@@ -274,6 +275,7 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     return infos
 
 
+_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow", "winograd": "winograd"}
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
 
 
@@ -285,7 +287,7 @@ def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> 
         features[f"is_{operator}"] = float(info["operator"] == operator)
     for scheme in SCHEMES:
         features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
-    for name, family in (("popcount", "bitserial"), ("dot", "int8"), ("narrow", "narrow")):
+    for name, family in _BACKENDS.items():
         features[f"backend_{name}"] = float(info.get("backend") == family)
     features["activation_bits"] = float(info.get("activation_bits", 32))
     features["weight_bits"] = float(info.get("weight_bits", 32))

@@ -69,6 +69,7 @@ SHAPE = (
     "backend_popcount",
     "backend_dot",
     "backend_narrow",
+    "backend_winograd",
 )
 
 # Of the analytic cost: what the work consists of.
