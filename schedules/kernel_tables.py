@@ -1,7 +1,7 @@
 """Which kernel is the fastest for a shape: looked up among shapes that were measured on the target.
 
-The tables are `tables/ISA.json`, written by `scripts/bench/kernel_table.py` with the machine, the versions and
-the date they were taken on.
+The tables are `tables/ISA.json`, written by `scripts/bench/kernel_table.py` with the machine, the versions
+and the date they were taken on.
 """
 
 import json
@@ -54,8 +54,8 @@ def fastest(
     shape
         "H", "W" (of the output), "IC" and "OC".
     work
-        The kernels to choose from: work of each for an output of H x W, so that what a measured cost was spent
-        on tiles that overhang is judged anew for the shape.
+        The kernels to choose from: work of each for an output of H x W, so that what a measured cost was
+        spent on tiles that overhang is judged anew for the shape.
     default
         The choice where nothing was measured.
     """

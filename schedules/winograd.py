@@ -48,7 +48,7 @@ class Blocking:
 
 
 def applies(info: dict[str, Any]) -> bool:
-    """Whether a convolution (by the names of kernel.kernel_attrs) is one that Winograd's algorithm computes."""
+    """Whether a convolution, by the names of kernel.kernel_attrs, is 3 x 3 at stride 1, without groups."""
     return (info["KH"], info["KW"], info["strides"], info["dilation"], info["groups"]) == (
         3, 3, [1, 1], [1, 1], 1,
     )  # fmt: skip
@@ -216,7 +216,7 @@ def _compute(x: te.Tensor, weight: te.Tensor, info: dict[str, Any]) -> te.Tensor
 
 
 def _padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int) -> te.Tensor:
-    """Pad an NHWC tensor to so many rows and columns and to whole vectors of channels, if that takes padding."""
+    """Pad an NHWC tensor to `rows` x `columns` and to whole vectors of channels, if that takes padding."""
     top, left, _, _ = info["padding"]
     shape = (info["N"], rows, columns, info["padded_IC"])
     if tuple(int(extent) for extent in x.shape) == shape and not (top or left):

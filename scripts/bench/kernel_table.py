@@ -1,6 +1,6 @@
 """Measures which kernel is the fastest for which shape, and writes the table that the schedules choose by.
 
-usage: python scripts/bench/kernel_table.py [--device local | emulated-a72] [--output FILE] [--quick]
+usage: python scripts/bench/kernel_table.py [--device DEVICE] [--resume] [--quick] [--output FILE]
 
 The table goes to tvm_compress/schedules/tables/ISA.json, for the instruction set of the device's target. On
 this machine a cost is the fastest of the samples, in seconds. On the emulated Cortex-A72 it is the larger of
@@ -74,31 +74,14 @@ def measure_shape(
     return {"H": size, "W": size, "IC": ins, "OC": outs, "costs": rounded}
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=tuple(TARGETS), default="local")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    device = open_device(arguments.device)
-    rules = rules_for(parse_target(TARGETS[arguments.device]))
-    local = arguments.device == "local"
-    settings = MeasurementSettings(warmup=2, repeat=15 if local else 1, min_repeat_ms=4)
-    rows = []
-    for size, ins, outs in QUICK_SHAPES if arguments.quick else SHAPES:
-        row = measure_shape(device, size, ins, outs, settings)
-        rows.append(row)
-        print(
-            f"{size:>4} {ins:>4} -> {outs:<4}",
-            *(f"{n} {c:<10.4g}" for n, c in row["costs"].items()),
-            flush=True,
-        )
+def write_table(path: Path, isa: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with where they come from."""
+    local = device == "local"
     content = {
-        "isa": rules.isa,
+        "isa": isa,
         "unit": "seconds" if local else "estimated Cortex-A72 cycles (emulated)",
         "provenance": {
-            "command": f"python scripts/bench/kernel_table.py --device {arguments.device}",
+            "command": f"python scripts/bench/kernel_table.py --device {device}",
             "machine": machine() if local else "emulated Cortex-A72",
             "threads": 1,
             "commit": commit(),
@@ -110,12 +93,36 @@ def main() -> None:
         },
         "tables": {"conv2d_fp32": rows},
     }
-    path = arguments.output or Path(kernel_tables.__file__).parent / "tables" / f"{rules.isa}.json"
     text = json.dumps(content, indent=1)
     for row in rows:
         # A row a line.
         text = text.replace(json.dumps(row, indent=1).replace("\n", "\n   "), json.dumps(row))
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=tuple(TARGETS), default="local")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device = open_device(arguments.device)
+    isa = rules_for(parse_target(TARGETS[arguments.device])).isa
+    path = arguments.output or Path(kernel_tables.__file__).parent / "tables" / f"{isa}.json"
+    rows: list[dict[str, Any]] = []
+    if arguments.resume and path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["tables"]["conv2d_fp32"]
+    known = {(row["H"], row["IC"], row["OC"]) for row in rows}
+    settings = MeasurementSettings(warmup=2, repeat=15 if arguments.device == "local" else 1, min_repeat_ms=4)
+    for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+        if shape in known:
+            continue
+        rows.append(measure_shape(device, *shape, settings))
+        costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
+        print("{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
+        write_table(path, isa, arguments.device, rows)
 
 
 if __name__ == "__main__":
