@@ -1,8 +1,9 @@
 """Winograd convolutions in float32: 3 x 3 at stride 1, by F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3).
 
-The output is cut into blocks of tiles. For each block its patches are transformed (`V`), multiplied by the
-transformed weights (`M`, one matrix product for each of the n * n places of a patch), and transformed back,
-through whatever was fused behind. What lies between the stages is one block's, so that it stays in the cache.
+The output is cut into blocks of tiles. For each block its patches are transformed (`input`), multiplied by
+the transformed weights (`products`, a matrix product for each of the n * n places of a patch), and
+transformed back (`conv`, annotated), through whatever was fused behind. What lies between the stages is one
+block's, so that it stays in the cache.
 
 Against the exact result, relative to its largest value, F2 errs by less than 1e-5 and F4 by less than 1e-4
 (`winograd_algorithm.Algorithm.relative_error`) on data of one magnitude.
@@ -25,6 +26,8 @@ from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, Algorithm, pac
 
 # Numbers in a line of the caches.
 _LINE = 16
+# Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
+_NEAR, _FAR = 8 / 64, 24 / 64
 # Most bytes of what lies between the stages, for a block.
 _MOST_BYTES = 4 << 20
 
@@ -95,9 +98,8 @@ def _memory_cycles(
     """Estimate the cycles of fetching weights and what lies between the stages."""
     weights = 4 * algorithm.n**2 * info["IC"] * info["OC"]
     data = _block_bytes(info, algorithm, tiles)
-    near, far = 1 / 8, 24 / 64  # cycles per byte from the second cache and from beyond
-    weight_rate = near if weights + data <= rules.l2_bytes else far
-    data_rate = near if data <= rules.l2_bytes // 2 else far
+    weight_rate = _NEAR if weights + data <= rules.l2_bytes else _FAR
+    data_rate = _NEAR if data <= rules.l2_bytes // 2 else _FAR
     return blocks * (weight_rate * weights + 2 * data_rate * data)
 
 

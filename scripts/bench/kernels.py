@@ -35,6 +35,8 @@ from tvm_compress.schedules.target_rules import parse_target
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 ROUNDS = 5
+# Inferences of a round.
+CALLS = 40
 Part = tuple[list[Figure], dict[str, Any]]
 
 
@@ -81,7 +83,7 @@ def onnx_runtime(
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: x}
         times = []
-        for _ in range(40):
+        for _ in range(10 + CALLS):
             start = time.perf_counter()
             session.run(None, feed)
             times.append(time.perf_counter() - start)
@@ -96,7 +98,8 @@ def time_network(module: torch.nn.Module, shape: tuple[int, ...], threads: int) 
     They take turns: never at once, as threads that wait spin.
     """
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    settings = MeasurementSettings(warmup=3, repeat=8, min_repeat_ms=10, threads=threads)
+    # Single inferences, as of ONNX Runtime.
+    settings = MeasurementSettings(warmup=10, repeat=CALLS, min_repeat_ms=0, threads=threads)
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
