@@ -1,6 +1,6 @@
 """What the kernels gain on whole networks: against the direct kernels, and against other runtimes.
 
-usage: python scripts/bench/kernels.py [--only PART ...] [--json FILE] [--quick]
+usage: python scripts/bench/kernels.py [--only PART ...] [--threads N ...] [--json FILE] [--quick]
 
 Each part measures by itself and keeps what the others left in the file. `fp32-x86` compares with ONNX Runtime
 where that is installed (1.22.1 was used). Weights are random but for the sample's: they change no time.
@@ -124,7 +124,7 @@ def fp32_x86(arguments: argparse.Namespace) -> Part:
     """Networks in fp32 on this machine."""
     figures, rows = [], []
     for name, (module, shape) in networks(arguments.quick).items():
-        for threads in (1, 2):
+        for threads in arguments.threads:
             row = {"network": name} | time_network(module, shape, threads)
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -191,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "kernels.json")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="2 needs an idle machine")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
