@@ -24,6 +24,7 @@ from tvm_compress.schedules import (
     kernel,
     narrow,
     ops,
+    winograd,
 )
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
@@ -34,6 +35,7 @@ FAMILIES: dict[str, KernelFamily] = {
     family.name: family
     for family in (
         fp32.FAMILY,
+        winograd.FAMILY,
         int8.FAMILY,
         bitserial.FAMILY,
         narrow.FAMILY,
@@ -45,8 +47,8 @@ FAMILIES: dict[str, KernelFamily] = {
 # What sites' schemes are called; a family of the same name serves each (and may leave a site to another).
 SCHEMES = ("fp32", "int8", "bitserial")
 
-# Families whose products are of the same kind to a model as those of another.
-_KINDS = {"narrow": "int8", "depthwise_fp32": "fp32", "depthwise_int8": "int8"}
+# Families that do the work of another one, whose kernels are all of one kind to a model.
+_KINDS = {"narrow": "int8", "winograd": "fp32", "depthwise_fp32": "fp32", "depthwise_int8": "int8"}
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -153,7 +155,7 @@ def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder,
         return FAMILIES[str(call.attrs["scheme"])].legalize(bb, call, rules)
 
     return (
-        {name: bound(fp32.FAMILY.legalize) for name in _FP32_SITES}
+        {"relax.nn.conv2d": bound(winograd.FAMILY.legalize), "relax.matmul": bound(fp32.FAMILY.legalize)}
         | dict.fromkeys(_INTEGER_SITES, integer_site)
         | {ops.PREFIX + name: bound(legalize) for name, legalize in _ELEMENTWISE.items()}
     )
@@ -292,6 +294,7 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     return infos
 
 
+_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow", "winograd": "winograd"}
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
 
 
@@ -303,7 +306,7 @@ def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> 
         features[f"is_{operator}"] = float(info["operator"] == operator)
     for scheme in SCHEMES:
         features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
-    for name, family in (("popcount", "bitserial"), ("dot", "int8"), ("narrow", "narrow")):
+    for name, family in _BACKENDS.items():
         features[f"backend_{name}"] = float(info.get("backend") == family)
     features["backend_depthwise"] = float(str(info.get("backend")).startswith("depthwise"))
     features["activation_bits"] = float(info.get("activation_bits", 32))

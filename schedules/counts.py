@@ -6,6 +6,7 @@ and branches count both ways: these are features of a model, not a simulation.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import tvm
@@ -101,16 +102,25 @@ class _Counter:
             self.found[f"{kind}_stores"] += loops.runs * self._vectors(store.value, loops.lanes)
         self._count_values([store.value], loops, kind)
 
-    def _count_values(self, values: list[tirx.Expr], loops: _Loops, kind: str) -> None:
-        while values:
-            value = values.pop()
+    def _count_values(
+        self, values: Sequence[tirx.Expr], loops: _Loops, kind: str, share: float = 1.0
+    ) -> None:
+        """Count loads and operations of expressions that are computed in a share of the loops' runs."""
+        pending = list(values)
+        while pending:
+            value = pending.pop()
+            runs = share * loops.runs
             if isinstance(value, tvm.ir.expr.TensorLoad):
-                self.found[f"{kind}_loads"] += loops.runs * self._vectors(value, loops.lanes)
+                self.found[f"{kind}_loads"] += runs * self._vectors(value, loops.lanes)
+                continue
+            choices = _choices(value)
+            if len(choices) > 1:
+                self._count_values(choices, loops, kind, share / len(choices))
                 continue
             parts = _operands(value)
             if parts:
-                self.found[f"{kind}_ops"] += loops.runs * self._vectors(value, loops.lanes)
-                values += parts
+                self.found[f"{kind}_ops"] += runs * self._vectors(value, loops.lanes)
+                pending += parts
 
     def _vectors(self, value: tirx.Expr, lanes: int) -> int:
         return math.ceil(lanes * _lanes(value) * _bits(value) / self.vector_bits)
@@ -135,6 +145,18 @@ def executed(func: tirx.PrimFunc, vector_bits: int) -> dict[str, float]:
 
 def _reduces(block: s_tir.SBlock) -> bool:
     return any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
+
+
+def _choices(value: tirx.Expr) -> list[tirx.Expr]:
+    """Return the values of which a position chooses: `Select(i == 0, a, Select(i == 1, b, c))` gives a, b, c.
+
+    The position's loop is unrolled, so that the choice itself takes nothing, and each comes equally often.
+    """
+    if not isinstance(value, tirx.Select) or not isinstance(value.condition, tirx.EQ):
+        return [value]
+    if not isinstance(value.condition.b, tirx.IntImm):
+        return [value]
+    return [value.true_value, *_choices(value.false_value)]
 
 
 def _divisions(value: tirx.Expr) -> int:

@@ -161,7 +161,7 @@ def pack_pairs(weight: np.ndarray, lanes: int) -> np.ndarray:
 def legalize_float(
     bb: relax.BlockBuilder, call: relax.Call, info: dict[str, Any], weight: Weights, rules: TargetRules
 ) -> relax.Expr:
-    """Replace a float32 depthwise convolution; `info` is its geometry (fp32.conv_geometry)."""
+    """Replace a float32 depthwise convolution; `info` is its geometry (kernel.conv_geometry)."""
     form = form_for(rules, False, info["OC"])
     plan = choose_plan(rules, form, info)
     info = info | {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "form": "float32"}

@@ -45,15 +45,24 @@ def choose_tile(rules: TargetRules, rows: int, columns: int, channels: int, redu
     for v in range(1, min(_MAX_VECTORS, vectors) + 1):
         for th in range(1, min(4, rows) + 1):
             for tw in range(1, min(_MAX_PIXELS // th, columns) + 1):
-                step = _cycles_per_step(rules, v, th * tw, reduction)
-                if step is None:
-                    continue
-                tiles = -(-rows // th) * -(-columns // tw) * -(-vectors // v)
-                store = 1.5 * v * th * tw + 8
-                cost = tiles * (reduction * step + store)
+                cost = tile_cycles(rules, Tile(v, th, tw), rows, columns, channels, reduction)
                 if cost < best_cost:
                     best, best_cost = Tile(v, th, tw), cost
     return best
+
+
+def tile_cycles(
+    rules: TargetRules, tile: Tile, rows: int, columns: int, channels: int, reduction: int
+) -> float:
+    """Estimate the cycles of an output of rows x columns x channels in such tiles; infinity if none fits."""
+    pixels = tile.rows * tile.columns
+    step = _cycles_per_step(rules, tile.vectors, pixels, reduction)
+    if step is None:
+        return math.inf
+    vectors = -(-channels // rules.fp32_lanes)
+    tiles = -(-rows // tile.rows) * -(-columns // tile.columns) * -(-vectors // tile.vectors)
+    store = 1.5 * tile.vectors * pixels + 8
+    return tiles * (reduction * step + store)
 
 
 def _cycles_per_step(rules: TargetRules, vectors: int, pixels: int, reduction: int) -> float | None:

@@ -130,8 +130,9 @@ def test_float_network_and_its_cycles(sample: Model, tmp_path: Path) -> None:
     assert first.counters["l1_misses"] > 512
     assert first.counters["l1_misses"] == sum(part["l1_misses"] for part in first.breakdown.values())
     assert first.kernels == {name: part["cycles"] for name, part in first.breakdown.items()}
-    # 4 multiply-accumulates a cycle is the core's limit: less than that many cycles would be a miscount.
-    assert first.value > 9.3e6 / 4
+    # 4 multiply-accumulates a cycle is the core's limit, and Winograd saves three of four at most: less than
+    # that many cycles would be a miscount.
+    assert first.value > 9.3e6 / 16
 
 
 def test_benchmark_shows_what_each_kernel_costs(

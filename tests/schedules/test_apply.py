@@ -1,12 +1,14 @@
 """Whole modules to kernels: fusion, refusals, descriptions, building."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import tvm
 from tvm import relax, te, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import apply, kernel, ops, reference
+from tvm_compress.schedules import apply, kernel, ops, reference, winograd
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 
 CONV = {"data_layout": "NHWC", "kernel_layout": "OIHW", "padding": 1}
@@ -61,11 +63,12 @@ def test_no_prim_func_is_left_unscheduled():
 
 def test_features_state_the_work():
     target = parse_target("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu -num-cores=4")
-    conv = apply.kernel_infos(apply.lower_to_kernels(residual_network()[0], target), target)[0]
+    with patch.object(winograd, "choose_algorithm", lambda info, rules: None):
+        conv = apply.kernel_infos(apply.lower_to_kernels(residual_network()[0], target), target)[0]
     macs = 8 * 8 * 16 * 16 * 9
     expected = {
         "macs": macs, "bops": macs * 1024, "is_conv2d": 1, "is_dense": 0, "is_fp32": 1, "is_int8": 0,
-        "backend_dot": 0, "backend_popcount": 0, "backend_narrow": 0,
+        "backend_dot": 0, "backend_popcount": 0, "backend_narrow": 0, "backend_winograd": 0,
         "IC": 16, "OC": 16, "KH": 3, "OH": 8, "stride": 1, "groups": 1, "threads": 4,
         "input_bytes": 4096, "output_bytes": 4096, "weight_bytes": 9216, "intensity": macs / (9216 + 8192),
     }  # fmt: skip

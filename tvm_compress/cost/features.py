@@ -70,6 +70,7 @@ SHAPE = (
     "backend_dot",
     "backend_narrow",
     "backend_depthwise",
+    "backend_winograd",
 )
 
 # Of the analytic cost: what the work consists of.

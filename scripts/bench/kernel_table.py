@@ -1,0 +1,129 @@
+"""Measures which kernel is the fastest for which shape, and writes the table that the schedules choose by.
+
+usage: python scripts/bench/kernel_table.py [--device DEVICE] [--resume] [--quick] [--output FILE]
+
+The table goes to tvm_compress/schedules/tables/ISA.json, for the instruction set of the device's target. On
+this machine a cost is the fastest of the samples, in seconds. On the emulated Cortex-A72 it is the larger of
+compute and memory cycles, as everywhere, with the weights coming from memory, as they do in a network whose
+other layers need the caches.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conv_kernels import KERNELS, build_conv
+from figures import PACKAGES, commit, machine
+
+from tvm_compress.rpc.cost_a72 import L1_MISS_CYCLES, L2_MISS_CYCLES
+from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings, open_device
+from tvm_compress.rpc.measure import measure
+from tvm_compress.schedules import kernel_tables
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, KERNEL_SIZE
+
+TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
+LINE_BYTES = 64
+# Height (and width) of the output, and channels (in, out).
+SHAPES = [
+    *((4, ins, outs) for ins, outs in ((64, 64), (128, 128), (256, 256), (512, 512))),
+    *((7, ins, outs) for ins, outs in ((32, 32), (64, 64), (128, 128), (256, 256), (512, 512))),
+    *((8, ins, outs) for ins, outs in ((16, 16), (32, 64), (64, 64), (128, 128), (256, 256))),
+    *((14, ins, outs) for ins, outs in ((8, 8), (16, 32), (32, 32), (64, 64), (128, 128), (256, 256))),
+    *((16, ins, outs) for ins, outs in ((3, 32), (16, 16), (32, 32), (64, 64), (128, 128))),
+    *((28, ins, outs) for ins, outs in ((1, 8), (1, 16), (8, 8), (8, 32), (32, 8), (16, 16), (32, 32))),
+    *((28, ins, outs) for ins, outs in ((64, 64), (128, 128))),
+    *((32, ins, outs) for ins, outs in ((3, 16), (3, 64), (16, 16), (32, 32), (64, 64), (64, 128))),
+    *((56, ins, outs) for ins, outs in ((3, 32), (16, 16), (32, 32), (64, 64))),
+    *((112, ins, outs) for ins, outs in ((3, 16), (16, 16), (32, 32))),
+]
+QUICK_SHAPES = [(7, 64, 64), (16, 32, 32), (28, 1, 16)]
+
+
+def cost(result: LatencyResult, weight_bytes: int) -> float:
+    """What the table holds of a measurement."""
+    if not result.ok:
+        raise RuntimeError(f"A kernel could not be measured: {result.error}")
+    if result.unit == "seconds":
+        return min(result.samples)
+    streamed = (L1_MISS_CYCLES + L2_MISS_CYCLES) * weight_bytes / LINE_BYTES
+    convolution = max(part["cycles"] for part in result.breakdown.values())
+    return result.value + max(0.0, streamed - convolution)
+
+
+def measure_shape(
+    device: Device, size: int, ins: int, outs: int, settings: MeasurementSettings
+) -> dict[str, Any]:
+    """Row of the table."""
+    target = parse_target(TARGETS[device.name])
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = {
+            name: build_conv((size, size, ins, outs), name, target, Path(folder) / f"{name}.so")
+            for name in KERNELS
+        }
+        found = measure(device, libraries, [np.ones((1, size, size, ins), np.float32)], settings)
+    sides = {name: ALGORITHMS[name].n if name in ALGORITHMS else KERNEL_SIZE for name in KERNELS}
+    costs = {name: cost(found[name].result, 4 * sides[name] ** 2 * ins * outs) for name in KERNELS}
+    rounded = {name: float(f"{value:.4g}") for name, value in costs.items()}
+    return {"H": size, "W": size, "IC": ins, "OC": outs, "costs": rounded}
+
+
+def write_table(path: Path, isa: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with where they come from."""
+    local = device == "local"
+    content = {
+        "isa": isa,
+        "unit": "seconds" if local else "estimated Cortex-A72 cycles (emulated)",
+        "provenance": {
+            "command": f"python scripts/bench/kernel_table.py --device {device}",
+            "machine": machine() if local else "emulated Cortex-A72",
+            "threads": 1,
+            "commit": commit(),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in PACKAGES if package.startswith("apache-tvm")},
+            },
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "tables": {"conv2d_fp32": rows},
+    }
+    text = json.dumps(content, indent=1)
+    for row in rows:
+        # A row a line.
+        text = text.replace(json.dumps(row, indent=1).replace("\n", "\n   "), json.dumps(row))
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=tuple(TARGETS), default="local")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device = open_device(arguments.device)
+    isa = rules_for(parse_target(TARGETS[arguments.device])).isa
+    path = arguments.output or Path(kernel_tables.__file__).parent / "tables" / f"{isa}.json"
+    rows: list[dict[str, Any]] = []
+    if arguments.resume and path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["tables"]["conv2d_fp32"]
+    known = {(row["H"], row["IC"], row["OC"]) for row in rows}
+    settings = MeasurementSettings(warmup=2, repeat=15 if arguments.device == "local" else 1, min_repeat_ms=4)
+    for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+        if shape in known:
+            continue
+        rows.append(measure_shape(device, *shape, settings))
+        costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
+        print("{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
+        write_table(path, isa, arguments.device, rows)
+
+
+if __name__ == "__main__":
+    main()
