@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,3 +76,42 @@ def write(
         verdict = "met" if figure.met else "MISSED"
         goal = f"{figure.comparison} {figure.goal:<8g}"
         print(f"{figure.id:<54} {figure.value:>10.4g} {figure.unit:<8} {goal} {verdict}")
+
+
+def write_parts(
+    path: Path,
+    name: str,
+    settings: dict[str, Any],
+    parts: Sequence[str],
+    run: Callable[[str], tuple[Sequence[Figure], dict[str, Any]]],
+    only: Sequence[str],
+) -> list[str]:
+    """Run some parts of a benchmark; each replaces its own entries in the JSON when it is done.
+
+    Parameters
+    ----------
+    parts
+        Names of all parts, in the order of the JSON.
+    run
+        Gives a part's figures and values.
+    only
+        The parts to run.
+
+    Returns
+    -------
+    The parts that the JSON has now.
+    """
+    data: dict[str, dict[str, Any]] = {}
+    for part in only:
+        load = os.getloadavg()[0]
+        figures, values = run(part)
+        # Read now: another process may have written other parts meanwhile.
+        if path.exists():
+            data = {one["part"]: one for one in json.loads(path.read_text(encoding="utf-8"))["data"]}
+        data[part] = {
+            "part": part, "figures": [asdict(figure) for figure in figures], "load_before": load, **values
+        }  # fmt: skip
+        ordered = [data[known] for known in parts if known in data]
+        everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
+        write(path, name, settings, everything, ordered)
+    return list(data)

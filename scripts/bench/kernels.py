@@ -8,19 +8,17 @@ where that is installed (1.22.1 was used). Weights are random but for the sample
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from figures import Figure, write
+from figures import Figure, write_parts
 from networks import ResNet18
 
 from tvm_compress.model import Model
@@ -195,22 +193,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data: dict[str, dict[str, Any]] = {}
-    if arguments.json.exists():
-        data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
-    for part in arguments.only:
-        load = os.getloadavg()[0]
-        figures, values = PARTS[part](arguments)
-        data[part] = {
-            "part": part,
-            "figures": [asdict(figure) for figure in figures],
-            "load_before": load,
-            "quick": arguments.quick,
-            **values,
-        }
-        ordered = [data[name] for name in PARTS if name in data]
-        everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
-        write(arguments.json, "kernels", {"rounds": ROUNDS}, everything, ordered)
+    write_parts(
+        arguments.json,
+        "kernels",
+        {"rounds": ROUNDS, "quick": arguments.quick},
+        list(PARTS),
+        lambda part: PARTS[part](arguments),
+        arguments.only,
+    )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ want a quiet machine.
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from bench_data import ROOT, cache_folder
-from figures import Figure, write
+from figures import Figure, write_parts
 from networks import CIFAR, ConvNet, ResNet18
 from train import as_model
 
@@ -333,23 +331,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data: dict[str, dict[str, Any]] = {}
-    if arguments.json.exists():
-        data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
-    for part in arguments.only:
-        load = os.getloadavg()[0]
-        figures, values = PARTS[part](arguments)
-        data[part] = {
-            "part": part,
-            "figures": [asdict(figure) for figure in figures],
-            "load_before": load,
-            "python": platform.python_version(),
-            **values,
-        }
-        ordered = [data[name] for name in PARTS if name in data]
-        everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
-        settings = {"kernels": arguments.kernels, "policies": arguments.policies, "seeds": arguments.seeds}
-        write(arguments.json, "latency_model", settings, everything, ordered)
+    settings = {"kernels": arguments.kernels, "policies": arguments.policies, "seeds": arguments.seeds}
+    write_parts(
+        arguments.json,
+        "latency_model",
+        settings,
+        list(PARTS),
+        lambda part: PARTS[part](arguments),
+        arguments.only,
+    )
+    data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
     if set(GOALS) & set(data):
         plot(arguments.json.with_name("latency-model.png"), data)
 

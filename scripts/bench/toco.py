@@ -13,14 +13,13 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_data import ROOT
-from figures import Figure, write
+from figures import Figure, write_parts
 from toco_agent import figure12
 from toco_curves import Part
 from toco_groups import figure9
@@ -137,15 +136,14 @@ def main() -> None:
     if arguments.solver:
         print(json.dumps(one_solver(*arguments.solver)))
         return
-    data: dict[str, dict[str, Any]] = {}
-    if arguments.json.exists():
-        data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
-    for part in arguments.only:
-        figures, values = PARTS[part](arguments.seeds, arguments.json.parent)
-        data[part] = {"part": part, "figures": [asdict(figure) for figure in figures], **values}
-        ordered = [data[name] for name in PARTS if name in data]
-        everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
-        write(arguments.json, "toco", {"seeds": arguments.seeds}, everything, ordered)
+    write_parts(
+        arguments.json,
+        "toco",
+        {"seeds": arguments.seeds},
+        list(PARTS),
+        lambda part: PARTS[part](arguments.seeds, arguments.json.parent),
+        arguments.only,
+    )
 
 
 if __name__ == "__main__":
