@@ -92,16 +92,40 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
                 found[name] = evaluate_latency_model(
                     model, network, meter, arguments.policies, 1, fitted, _tell(f"{device} {name}")
                 )
+    figures = _figures_of(device, found)
+    if device == "local":
+        again = _timed_again(seen[0], sampler, arguments.policies)
+        figures.append(
+            Figure(
+                "local: kernels that take the same within 10 % when they are timed again",
+                float(np.mean(errors_of(again) <= 0.1)),
+                "share",
+                GOALS[device],
+                ">=",
+                note=f"{len(again)} kernels; no model can be better than this",
+            )
+        )
+    pairs = {name: asdict(one) for name, one in found.items()}
+    values = {
+        "kernels": model.rows,
+        "seconds": seconds,
+        "summary": {name: one.summary() for name, one in found.items()},
+        "pairs": pairs,
+    }
+    return figures, values
+
+
+def _figures_of(device: str, found: dict[str, Evaluation]) -> list[Figure]:
+    """Shares within 10 %, rank correlation and errors of sums, over all networks."""
     kernels = [pair for one in found.values() for pair in one.kernels]
     whole = [pair for one in found.values() for pair in one.networks]
     sums = [pair for one in found.values() for pair in one.sums]
-    spearman = {name: one.summary()["networks_spearman"] for name, one in found.items()}
     each = {name: one.summary() for name, one in found.items()}
 
     def by_network(what: str, factor: float = 100) -> str:
         return ", ".join(f"{name} {factor * one[what]:.1f}" for name, one in each.items())
 
-    figures = [
+    return [
         Figure(
             f"{device}: kernels within 10 % of the measured time",
             float(np.mean(errors_of(kernels) <= 0.1)),
@@ -120,7 +144,7 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
         ),
         Figure(
             f"{device}: rank correlation of networks",
-            min(spearman.values()),
+            min(one["networks_spearman"] for one in each.values()),
             "",
             0.98,
             ">=",
@@ -135,20 +159,6 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
             note=by_network("sums_median_error") + " %",
         ),
     ]
-    if device == "local":
-        again = _timed_again(seen[0], sampler, arguments.policies)
-        figures.append(
-            Figure(
-                "local: kernels that take the same within 10 % when they are timed again",
-                float(np.mean(errors_of(again) <= 0.1)),
-                "share",
-                GOALS[device],
-                ">=",
-                note=f"{len(again)} kernels; no model can be better than this",
-            )
-        )
-    pairs = {name: asdict(one) for name, one in found.items()}
-    return figures, {"kernels": model.rows, "seconds": seconds, "summary": each, "pairs": pairs}
 
 
 def _timed_again(model: Model, sampler: KernelSampler, count: int) -> list[tuple[float, float]]:

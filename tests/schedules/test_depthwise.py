@@ -12,7 +12,7 @@ from tvm import relax, tirx
 
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
-from tvm_compress.schedules import depthwise, ops, packing, reference
+from tvm_compress.schedules import depthwise_plan, ops, packing, reference
 from tvm_compress.schedules.apply import kernel_infos, lower_to_kernels
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 
@@ -265,9 +265,9 @@ def test_plans_divide_the_layer_and_fit_the_registers(
     target: str, integer: bool, size: int, channels: int, kernel: int, stride: int
 ) -> None:
     rules = rules_for(parse_target(target))
-    form = depthwise.form_for(rules, integer, channels)
+    form = depthwise_plan.form_for(rules, integer, channels)
     info = {"KH": kernel, "KW": kernel, "OH": size, "OW": size, "IC": channels, "OC": channels}
-    plan = depthwise.choose_plan(rules, form, info | {"strides": [stride, stride], "dilation": [1, 1]})
+    plan = depthwise_plan.choose_plan(rules, form, info | {"strides": [stride, stride], "dilation": [1, 1]})
     assert size % plan.rows == 0
     assert packing.round_up(channels, plan.lanes) % plan.chunk == plan.chunk % plan.lanes == 0
     assert 1 <= plan.columns <= size
@@ -276,10 +276,10 @@ def test_plans_divide_the_layer_and_fit_the_registers(
 
 def test_taps_are_packed_by_channel_and_in_pairs() -> None:
     weight = np.arange(5 * 9, dtype=np.int8).reshape(5, 1, 3, 3)
-    taps = depthwise.pack_taps(weight, 4)
+    taps = depthwise_plan.pack_taps(weight, 4)
     assert taps.shape == (3, 3, 8)
     np.testing.assert_array_equal(taps[1, 2], [*weight[:, 0, 1, 2], 0, 0, 0])
-    pairs = depthwise.pack_pairs(weight, 4)
+    pairs = depthwise_plan.pack_pairs(weight, 4)
     assert pairs.shape == (3, 2, 8, 2)
     assert pairs.dtype == np.int16
     np.testing.assert_array_equal(pairs[1, 0, 3], weight[3, 0, 1, :2])
