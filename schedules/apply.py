@@ -35,7 +35,8 @@ FAMILIES: dict[str, KernelFamily] = {
     family.name: family
     for family in (
         fp32.FAMILY,
-        winograd.FAMILY,
+        winograd.FP32,
+        winograd.INT8,
         int8.FAMILY,
         bitserial.FAMILY,
         narrow.FAMILY,
@@ -48,7 +49,9 @@ FAMILIES: dict[str, KernelFamily] = {
 SCHEMES = ("fp32", "int8", "bitserial")
 
 # Families that do the work of another one, whose kernels are all of one kind to a model.
-_KINDS = {"narrow": "int8", "winograd": "fp32", "depthwise_fp32": "fp32", "depthwise_int8": "int8"}
+_KINDS = {"narrow": "int8"} | {
+    f"{family}_{scheme}": scheme for family in ("winograd", "depthwise") for scheme in ("fp32", "int8")
+}
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -155,7 +158,7 @@ def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder,
         return FAMILIES[str(call.attrs["scheme"])].legalize(bb, call, rules)
 
     return (
-        {"relax.nn.conv2d": bound(winograd.FAMILY.legalize), "relax.matmul": bound(fp32.FAMILY.legalize)}
+        {"relax.nn.conv2d": bound(winograd.FP32.legalize), "relax.matmul": bound(fp32.FAMILY.legalize)}
         | dict.fromkeys(_INTEGER_SITES, integer_site)
         | {ops.PREFIX + name: bound(legalize) for name, legalize in _ELEMENTWISE.items()}
     )
@@ -294,7 +297,7 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     return infos
 
 
-_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow", "winograd": "winograd"}
+_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow"}
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
 
 
@@ -308,7 +311,8 @@ def _features(info: Mapping[str, Any], call: relax.Call, rules: TargetRules) -> 
         features[f"is_{scheme}"] = float(info.get("scheme") == scheme)
     for name, family in _BACKENDS.items():
         features[f"backend_{name}"] = float(info.get("backend") == family)
-    features["backend_depthwise"] = float(str(info.get("backend")).startswith("depthwise"))
+    for name in ("winograd", "depthwise"):
+        features[f"backend_{name}"] = float(str(info.get("backend")).startswith(name))
     features["activation_bits"] = float(info.get("activation_bits", 32))
     features["weight_bits"] = float(info.get("weight_bits", 32))
     macs = 0.0

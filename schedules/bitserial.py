@@ -20,7 +20,6 @@ from tvm_compress.schedules.bitpack import pack_activations
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
-    add_bias,
     choose_tile,
     divisors,
     parallelize_outputs,
@@ -159,7 +158,7 @@ def _compute(layer: IntegerLayer, dot: BitDot, tile: Tile) -> Callable[..., te.T
             name="sums",
             attrs=attrs,
         )
-        return add_bias(layer, sums, bias)
+        return packing.add_bias(layer, sums, bias)
 
     return compute
 

@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV
 
-from tvm_compress.schedules import depthwise, packing
+from tvm_compress.schedules import depthwise, packing, winograd
 from tvm_compress.schedules.intrin.dot import Dot, dot_for
 from tvm_compress.schedules.kernel import (
     MIN_PARALLEL_MACS,
@@ -112,6 +112,9 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     layer = packing.read_layer(call)
     if depthwise.is_depthwise(layer.groups, layer.in_channels):
         return depthwise.legalize_integer(bb, call, layer, rules)
+    site = winograd.legalize_layer(bb, call, layer, rules)
+    if site is not None:
+        return site
     dot = dot_for(rules.isa)
     offset = dot.offset(layer.data_dtype)
     packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
@@ -139,7 +142,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
 
 
 def _data_range(dtype: str, offset: int) -> tuple[int, int]:
-    low, high = (-128, 127) if dtype == "int8" else (0, 255)
+    low, high = packing.DATA_RANGES[dtype]
     return low + offset, high + offset
 
 
@@ -234,25 +237,9 @@ def _dot_compute(
             name="sums",
             attrs=attrs,
         )
-        return add_bias(layer, sums, bias)
+        return packing.add_bias(layer, sums, bias)
 
     return compute
-
-
-def add_bias(layer: IntegerLayer, sums: te.Tensor, bias: te.Tensor) -> te.Tensor:
-    """Return sums + bias for the true channels, in the shape of the layer's output."""
-    n = layer.data_shape[0]
-    height, width = layer.out_size
-    channels = layer.out_channels
-    if layer.operator == "dense":
-        return te.compute(
-            (width, channels), lambda x, c: packing.wrapping_sum(sums[0, 0, x, c], bias[c]), name="biased"
-        )
-    return te.compute(
-        (n, height, width, channels),
-        lambda image, y, x, c: packing.wrapping_sum(sums[image, y, x, c], bias[c]),
-        name="biased",
-    )
 
 
 def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> None:

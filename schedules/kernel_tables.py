@@ -26,7 +26,7 @@ def load_rows(isa: str, operator: str) -> Sequence[Row]:
     isa
         TargetRules.isa.
     operator
-        "conv2d_fp32": fp32 convolutions of 3 x 3 at stride 1.
+        "conv2d_fp32" or "conv2d_int8": convolutions of 3 x 3 at stride 1.
 
     Returns
     -------

@@ -16,7 +16,6 @@ from tvm_compress.schedules import packing
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
-    add_bias,
     choose_tile,
     divisors,
     parallelize_outputs,
@@ -174,7 +173,7 @@ def _compute(layer: IntegerLayer, dot: NarrowDot, tile: Tile, chunks: Chunks) ->
             name="sums",
             attrs=attrs,
         )
-        return add_bias(layer, sums, bias)
+        return packing.add_bias(layer, sums, bias)
 
     return compute
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 
 from tvm_compress.errors import KernelError
 from tvm_compress.schedules.intrin.dot import Dot
@@ -14,6 +14,9 @@ from tvm_compress.schedules.kernel import constant_array
 from tvm_compress.schedules.ops import static_shape
 
 INT32_MAX = 2**31 - 1
+
+# What activations of a type may be.
+DATA_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,22 @@ def wrapping_sum(a: Any, b: Any) -> Any:
     """
     # Reinterpreted and not cast: TVM takes what was cast from unsigned for positive.
     return tirx.reinterpret("int32", tirx.reinterpret("uint32", a) + tirx.reinterpret("uint32", b))
+
+
+def add_bias(layer: IntegerLayer, sums: te.Tensor, bias: te.Tensor) -> te.Tensor:
+    """Return sums + bias for the true channels, in the shape of the layer's output."""
+    n = layer.data_shape[0]
+    height, width = layer.out_size
+    channels = layer.out_channels
+    if layer.operator == "dense":
+        return te.compute(
+            (width, channels), lambda x, c: wrapping_sum(sums[0, 0, x, c], bias[c]), name="biased"
+        )
+    return te.compute(
+        (n, height, width, channels),
+        lambda image, y, x, c: wrapping_sum(sums[image, y, x, c], bias[c]),
+        name="biased",
+    )
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -1,35 +1,88 @@
-"""Winograd convolutions in float32: 3 x 3 at stride 1, by F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3).
+"""Winograd convolutions: 3 x 3 at stride 1, by F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3), in float32 or integers.
 
 The output is cut into blocks of tiles. For each block its patches are transformed (`input`), multiplied by
 the transformed weights (`products`, a matrix product for each of the n * n places of a patch), and
 transformed back (`conv`, annotated), through whatever was fused behind. What lies between the stages is one
 block's, so that it stays in the cache.
 
-Against the exact result, relative to its largest value, F2 errs by less than 1e-5 and F4 by less than 1e-4
-(`winograd_algorithm.Algorithm.relative_error`) on data of one magnitude.
+In float32, against the exact result and relative to its largest value, F2 errs by less than 1e-5 and F4 by
+less than 1e-4 (`winograd_algorithm.Algorithm.relative_error`) on data of one magnitude. In integers (see
+`IntegerAlgorithm`) the result is exact: int16 holds transformed inputs and weights, and 32 bits that wrap
+around hold the sums.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_compress.schedules import fp32, kernel, kernel_tables
+from tvm_compress.schedules import fp32, kernel, kernel_tables, packing
 from tvm_compress.schedules.codebook import read_weights
+from tvm_compress.schedules.intrin.dot import Dot, wrapping_dot_for
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
+from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
-from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, Algorithm, pack_weights
+from tvm_compress.schedules.winograd_algorithm import (
+    ALGORITHMS,
+    INTEGER_ALGORITHMS,
+    Algorithm,
+    IntegerAlgorithm,
+    pack_weights,
+)
 
-# Numbers in a line of the caches.
-_LINE = 16
+# Bytes in a line of the caches.
+_LINE = 64
 # Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
 _NEAR, _FAR = 8 / 64, 24 / 64
 # Most bytes of what lies between the stages, for a block.
 _MOST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the stages compute with.
+
+    Attributes
+    ----------
+    family
+        Name of the kernel family.
+    algorithms
+        What there is to choose from, by name.
+    data, sums
+        Types of transformed inputs and weights, and of their products' sums.
+    dot
+        The instruction that multiplies them, None for the vectors that LLVM makes.
+    """
+
+    family: str
+    algorithms: Mapping[str, Algorithm]
+    data: str
+    sums: str
+    dot: Dot | None = None
+
+    @property
+    def depth(self) -> int:
+        """Input channels that a step of a product takes."""
+        return self.dot.depth if self.dot else 1
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of a transformed input or weight."""
+        return np.dtype(self.data).itemsize
+
+
+FLOATS = Numbers("winograd_fp32", ALGORITHMS, "float32", "float32")
+
+
+def integers(rules: TargetRules) -> Numbers:
+    """Return what the stages compute with for integers."""
+    dot = wrapping_dot_for(rules.isa)
+    return Numbers("winograd_int8", INTEGER_ALGORITHMS, "int16", "uint32", dot)
 
 
 @dataclass(frozen=True)
@@ -57,25 +110,28 @@ def applies(info: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def choose_blocking(rules: TargetRules, info: dict[str, Any], algorithm: Algorithm) -> Blocking:
+def choose_blocking(
+    rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers
+) -> Blocking:
     """Choose the block of tiles and the register tile with the least estimated cycles.
 
     Blocks are of about the same size, as the last ones of a row or column compute what lies beyond the image.
     """
     rows, columns = (-(-info[key] // algorithm.m) for key in ("OH", "OW"))
+    steps = -(-info["IC"] // numbers.depth)
     best, least = None, math.inf
     for high, wide in ((high, wide) for high in _even_parts(rows) for wide in _even_parts(columns)):
         if high > 1 and wide < columns:
             # Whole rows first: neighbours share what they read.
             continue
-        if _block_bytes(info, algorithm, high * wide) > _MOST_BYTES and high * wide > 1:
+        size = _block_bytes(info, algorithm, numbers, high * wide)
+        if size > _MOST_BYTES and high * wide > 1:
             continue
         blocks = info["N"] * -(-rows // high) * -(-columns // wide)
-        tile = fp32.choose_tile(rules, 1, high * wide, info["OC"], info["IC"])
-        product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], info["IC"])
-        cycles = max(
-            blocks * algorithm.n**2 * product, _memory_cycles(rules, info, algorithm, blocks, high * wide)
-        )
+        tile = fp32.choose_tile(rules, 1, high * wide, info["OC"], steps)
+        product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
+        weights = numbers.data_bytes * algorithm.n**2 * info["IC"] * info["OC"]
+        cycles = max(blocks * algorithm.n**2 * product, _memory_cycles(rules, blocks, weights, size))
         if cycles < least:
             best, least = Blocking(high, wide, tile.vectors, tile.columns), cycles
     assert best is not None
@@ -87,33 +143,38 @@ def _even_parts(extent: int) -> list[int]:
     return sorted({-(-extent // parts) for parts in range(1, extent + 1)}, reverse=True)
 
 
-def _block_bytes(info: dict[str, Any], algorithm: Algorithm, tiles: int) -> int:
+def _block_bytes(info: dict[str, Any], algorithm: Algorithm, numbers: Numbers, tiles: int) -> int:
     """Bytes of the transformed inputs and outputs of so many tiles."""
-    return 4 * algorithm.n**2 * tiles * (info["IC"] + info["OC"])
+    return algorithm.n**2 * tiles * (numbers.data_bytes * info["IC"] + 4 * info["OC"])
 
 
-def _memory_cycles(
-    rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, blocks: int, tiles: int
-) -> float:
-    """Estimate the cycles of fetching weights and what lies between the stages."""
-    weights = 4 * algorithm.n**2 * info["IC"] * info["OC"]
-    data = _block_bytes(info, algorithm, tiles)
+def _memory_cycles(rules: TargetRules, blocks: int, weights: int, data: int) -> float:
+    """Estimate the cycles of fetching weights and what lies between the stages, both in bytes."""
     weight_rate = _NEAR if weights + data <= rules.l2_bytes else _FAR
     data_rate = _NEAR if data <= rules.l2_bytes // 2 else _FAR
     return blocks * (weight_rate * weights + 2 * data_rate * data)
 
 
-def choose_algorithm(info: dict[str, Any], rules: TargetRules) -> Algorithm | None:
+def choose_algorithm(
+    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Algorithm]
+) -> Algorithm | None:
     """Return the algorithm that is the fastest by the target's table, None for the direct kernel.
 
     Where nothing was measured the direct kernel is taken: it is never much slower than it has to be, and its
     weights take the least memory.
+
+    Parameters
+    ----------
+    operator
+        Name of the table, see kernel_tables.load_rows.
+    algorithms
+        Those that may be taken.
     """
     work: dict[str, Callable[[int, int], float]] = {"direct": lambda height, width: 9.0 * height * width}
-    work |= {name: partial(_multiplications, algorithm) for name, algorithm in ALGORITHMS.items()}
+    work |= {name: partial(_multiplications, algorithm) for name, algorithm in algorithms.items()}
     shape = {"H": info["OH"], "W": info["OW"], "IC": info["IC"], "OC": info["OC"]}
-    rows = kernel_tables.load_rows(rules.isa, "conv2d_fp32")
-    return ALGORITHMS.get(kernel_tables.fastest(rows, shape, work, "direct"))
+    rows = kernel_tables.load_rows(rules.isa, operator)
+    return algorithms.get(kernel_tables.fastest(rows, shape, work, "direct"))
 
 
 def _multiplications(algorithm: Algorithm, height: int, width: int) -> float:
@@ -134,23 +195,74 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
         return fp32.legalize(bb, call, rules)
     weight = read_weights(bb, call.args[1], "weights")
     info = kernel.conv_geometry(call, weight.shape)
+    algorithm = None
     # Transformed weights would have no codebook.
-    algorithm = choose_algorithm(info, rules) if applies(info) and weight.codebook is None else None
+    if applies(info) and weight.codebook is None:
+        algorithm = choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS)
     if algorithm is None:
         return fp32.legalize(bb, call, rules)
-    blocking = choose_blocking(rules, info, algorithm)
-    block = blocking.vectors * rules.fp32_lanes
-    in_channels = -(-info["IC"] // rules.fp32_lanes) * rules.fp32_lanes
-    info |= {
-        "scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "algorithm": algorithm.name,
-        "block": block, "padded_IC": in_channels,
-        "tile_block": [blocking.rows, blocking.columns], "register_tiles": blocking.tiles,
-    }  # fmt: skip
-    packed = relax.const(pack_weights(weight.array, algorithm, block, in_channels))
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
+    info |= _plan(rules, info, algorithm, FLOATS)
+    packed = relax.const(pack_weights(weight.array, algorithm, info["block"], info["padded_IC"]))
+
+    def compute(x: te.Tensor, weight: te.Tensor) -> te.Tensor:
+        result = _stages(x, weight, info, algorithm, FLOATS)
+        return fp32.crop(result, [info[key] for key in ("N", "OH", "OW", "OC")])
+
     return bb.call_te(
-        _compute, call.args[0], packed, info,
+        compute, call.args[0], packed,
         primfunc_name_hint="conv2d_fp32_winograd", primfunc_attrs={"op_pattern": 4},
     )  # fmt: skip
+
+
+def legalize_layer(
+    bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
+) -> relax.Expr | None:
+    """Replace tvm_compress.conv2d by a Winograd kernel, or return None where the direct one serves better.
+
+    An algorithm may be taken where the weights prove that its results fit (IntegerAlgorithm.bits).
+    """
+    info = kernel.conv_geometry(call, layer.weight.shape) | layer.info() if layer.operator == "conv2d" else {}
+    if not info or not applies(info):
+        return None
+    low, high = packing.DATA_RANGES[layer.data_dtype]
+    largest = int(np.abs(layer.weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()) * max(-low, high)
+    fitting = {
+        name: algorithm for name, algorithm in INTEGER_ALGORITHMS.items() if largest < 1 << algorithm.bits
+    }
+    algorithm = choose_algorithm(info, rules, "conv2d_int8", fitting)
+    if not isinstance(algorithm, IntegerAlgorithm):
+        return None
+    numbers = integers(rules)
+    info |= _plan(rules, info, algorithm, numbers)
+    packed = pack_weights(layer.weight, algorithm, info["block"], info["padded_IC"], numbers.depth)
+
+    def compute(x: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
+        return packing.add_bias(layer, _stages(x, weight, info, algorithm, numbers, layer.zero_point), bias)
+
+    return bb.call_te(
+        compute, call.args[0], relax.const(packed), relax.const(packing.fold_bias(layer)),
+        primfunc_name_hint="conv2d_int8_winograd", primfunc_attrs={"op_pattern": 4},
+    )  # fmt: skip
+
+
+def legalize_integer(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace a call that has an integer Winograd kernel, which is asserted."""
+    result = legalize_layer(bb, call, packing.read_layer(call), rules)
+    assert result is not None
+    return result
+
+
+def _plan(rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers) -> dict[str, Any]:
+    """Return how the work is cut, in the terms of the schedule."""
+    blocking = choose_blocking(rules, info, algorithm, numbers)
+    # Half of a vector of int16 is still one of 64 bits or more.
+    lanes = rules.fp32_lanes
+    return {
+        "algorithm": algorithm.name,
+        "block": blocking.vectors * lanes, "padded_IC": -(-info["IC"] // lanes) * lanes,
+        "tile_block": [blocking.rows, blocking.columns], "register_tiles": blocking.tiles,
+    }  # fmt: skip
 
 
 def _choice(index: Any, values: Sequence[Any]) -> Any:
@@ -161,44 +273,56 @@ def _choice(index: Any, values: Sequence[Any]) -> Any:
     return result
 
 
-def _compute(x: te.Tensor, weight: te.Tensor, info: dict[str, Any]) -> te.Tensor:
-    algorithm = ALGORITHMS[info["algorithm"]]
+def _stages(
+    x: te.Tensor,
+    weight: te.Tensor,
+    info: dict[str, Any],
+    algorithm: Algorithm,
+    numbers: Numbers,
+    zero_point: int = 0,
+) -> te.Tensor:
+    """Return the convolution, with the tiles and blocks of channels that overhang."""
     m, n, block = algorithm.m, algorithm.n, info["block"]
     high, wide = info["tile_block"]
     rows, columns = -(-info["OH"] // (m * high)), -(-info["OW"] // (m * wide))
     tiles = -(-high * wide // info["register_tiles"]) * info["register_tiles"]
     outs = -(-info["OC"] // block) * block
-    padded = _padded_input(x, info, rows * high * m + 2, columns * wide * m + 2)
+    padded = _padded_input(x, info, rows * high * m + 2, columns * wide * m + 2, zero_point)
     chunks = (info["N"], rows, columns)
+    transform_input = partial(algorithm.transform_input, constant=partial(_constant, dtype=numbers.data))
+    transform_output = partial(algorithm.transform_output, constant=partial(_constant, dtype=numbers.sums))
 
     def patch_rows(b: Any, y: Any, x: Any, i: Any, k: Any, t: Any, c: Any) -> Any:
         # What fills up the last register tile repeats the last tile.
         t = t if tiles == high * wide else tirx.min(t, high * wide - 1)
         row, column = (y * high + t // wide) * m, (x * wide + t % wide) * m + k
-        return _choice(
-            i, algorithm.transform_input([padded[b, row + place, column, c] for place in range(n)])
-        )
+        values = [padded[b, row + place, column, c].astype(numbers.data) for place in range(n)]
+        return _choice(i, transform_input(values))
 
     half = te.compute((*chunks, n, n, tiles, info["padded_IC"]), patch_rows, name="input_rows")
     data = te.compute(
         (*chunks, n, n, tiles, info["padded_IC"]),
         lambda b, y, x, i, j, t, c: _choice(
-            j, algorithm.transform_input([half[b, y, x, i, place, t, c] for place in range(n)])
+            j, transform_input([half[b, y, x, i, place, t, c] for place in range(n)])
         ),
         name="input",
     )
     ic = te.reduce_axis((0, info["padded_IC"]), "ic")
-    products = te.compute(
-        (*chunks, n, n, tiles, outs),
-        lambda b, y, x, i, j, t, c: te.sum(
-            data[b, y, x, i, j, t, ic] * weight[i, j, c // block, ic, c % block], axis=[ic]
-        ),
-        name="products",
-    )
+
+    def product(b: Any, y: Any, x: Any, i: Any, j: Any, t: Any, c: Any) -> Any:
+        place = (ic,) if numbers.depth == 1 else (ic // numbers.depth,)
+        inside = () if numbers.depth == 1 else (ic % numbers.depth,)
+        factors = data[b, y, x, i, j, t, ic], weight[i, j, c // block, *place, c % block, *inside]
+        if numbers is FLOATS:
+            return te.sum(factors[0] * factors[1], axis=[ic])
+        first, second = (factor.astype("int32") for factor in factors)
+        return te.sum((first * second).astype(numbers.sums), axis=[ic])
+
+    products = te.compute((*chunks, n, n, tiles, outs), product, name="products")
     back = te.compute(
         (*chunks, m, n, tiles, outs),
         lambda b, y, x, i, j, t, c: _choice(
-            i, algorithm.transform_output([products[b, y, x, place, j, t, c] for place in range(n)])
+            i, transform_output([products[b, y, x, place, j, t, c] for place in range(n)])
         ),
         name="output_rows",
     )
@@ -206,37 +330,49 @@ def _compute(x: te.Tensor, weight: te.Tensor, info: dict[str, Any]) -> te.Tensor
     def output(b: Any, h: Any, w: Any, c: Any) -> Any:
         (y, row), (x, column) = (h // (m * high), h // m % high), (w // (m * wide), w // m % wide)
         tile = row * wide + column
-        values = [back[b, y, x, h % m, place, tile, c] for place in range(n)]
-        return _choice(w % m, algorithm.transform_output(values))
+        values = transform_output([back[b, y, x, h % m, place, tile, c] for place in range(n)])
+        if isinstance(algorithm, IntegerAlgorithm):
+            values = [_undo(value, algorithm, h % m, place) for place, value in enumerate(values)]
+        return _choice(w % m, values)
 
     shape = (info["N"], rows * high * m, columns * wide * m, outs)
-    result = te.compute(shape, output, name="conv", attrs=kernel.kernel_attrs("winograd", info))
-    true_shape = (info["N"], info["OH"], info["OW"], info["OC"])
-    if shape == true_shape:
-        return result
-    return te.compute(true_shape, lambda *indices: result(*indices), name="crop")
+    return te.compute(shape, output, name="conv", attrs=kernel.kernel_attrs(numbers.family, info))
 
 
-def _padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int) -> te.Tensor:
+def _constant(value: Any, dtype: str) -> Any:
+    return tirx.const(np.float32(value).item() if dtype == "float32" else int(value), dtype)
+
+
+def _undo(value: Any, algorithm: IntegerAlgorithm, row: Any, column: int) -> Any:
+    """Divide a transformed uint32 sum by the factors of its row and column in the tile; returns int32."""
+    if algorithm.inverse != 1:
+        value = value * tirx.const(algorithm.inverse, "uint32")
+    signed = tirx.reinterpret("int32", value)
+    shifts = [shift + algorithm.shifts[column] for shift in algorithm.shifts]
+    return _choice(row, [signed >> tirx.const(shift, "int32") for shift in shifts])
+
+
+def _padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int, value: int) -> te.Tensor:
     """Pad an NHWC tensor to `rows` x `columns` and to whole vectors of channels, if that takes padding."""
     top, left, _, _ = info["padding"]
     shape = (info["N"], rows, columns, info["padded_IC"])
     if tuple(int(extent) for extent in x.shape) == shape and not (top or left):
         return x
 
-    def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+    def padded(b: Any, h: Any, w: Any, c: Any) -> Any:
         inside = [h >= top, h < top + info["H"], w >= left, w < left + info["W"]]
         if info["padded_IC"] != info["IC"]:
             inside.append(c < info["IC"])
-        return tirx.if_then_else(tirx.all(*inside), x[b, h - top, w - left, c], tirx.const(0, "float32"))
+        return tirx.if_then_else(tirx.all(*inside), x[b, h - top, w - left, c], tirx.const(value, x.dtype))
 
-    return te.compute(shape, value, name="pad")
+    return te.compute(shape, padded, name="pad")
 
 
 def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> None:
     """Schedule a kernel that `legalize` made, with whatever was fused behind it."""
     info = fused.info
-    m, lanes = ALGORITHMS[info["algorithm"]].m, rules.fp32_lanes
+    numbers = FLOATS if fused.family == FLOATS.family else integers(rules)
+    m, lanes = numbers.algorithms[info["algorithm"]].m, rules.fp32_lanes
     stages = {name: fused.producer(name) for name in ("input_rows", "input", "products", "output_rows")}
     others = [block for block in fused.producers if kernel.block_name(sch, block) not in stages]
     b, h, w, c = sch.get_loops(fused.main)
@@ -249,10 +385,10 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
     last = fused.write_at(vectors)
     sch.compute_at(stages["output_rows"], vectors, preserve_unit_loops=True)
     sch.set_scope(stages["output_rows"], 0, "local")
-    for name in ("products", "input"):
-        sch.compute_at(stages[name], chunk, preserve_unit_loops=True)
-        # An odd number of lines from one place of a patch to the next: else they share few sets of the cache.
-        sch.storage_align(stages[name], 0, 4, 2 * _LINE, _LINE)
+    sch.compute_at(stages["products"], chunk, preserve_unit_loops=True)
+    product = _order_products(sch, stages["products"], chunk, info, lanes, numbers.dot)
+    sch.compute_at(stages["input"], chunk, preserve_unit_loops=True)
+    _spread_places(sch, stages["input"], numbers.data_bytes)
     sch.vectorize(vector)
     sch.unroll(hi)
     sch.unroll(wi)
@@ -260,14 +396,14 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
     kernel.vectorize_inner(sch, kernel.inner(sch, stages["output_rows"], vectors), lanes)
     if info["OC"] % info["block"]:
         kernel.cut_at_predicate(sch, vectors)
-    product = _order_products(sch, stages["products"], chunk, info, lanes)
-    tile = _schedule_input(sch, stages, chunk, lanes)
+    data_lanes = kernel.vector_factor(info["padded_IC"], rules.vector_bits // (8 * numbers.data_bytes))
+    tile = _schedule_input(sch, stages, chunk, data_lanes)
     # Blocks in parallel, or where there are fewer of them than threads, the parts of each stage.
     several = kernel.loop_extent(sch, chunk) >= rules.threads
     macs = 9 * math.prod(info[key] for key in ("N", "OH", "OW", "OC", "IC"))
     for loop in (chunk,) if several else (product, tile, row):
         kernel.parallelize(sch, loop, rules, macs, kernel.MIN_PARALLEL_MACS)
-    sch.decompose_reduction(stages["products"], kernel.inner(sch, stages["products"], product)[2])
+    _write_products(sch, stages["products"], product, lanes, numbers.dot)
     for producer in others:
         if kernel.block_name(sch, producer) == "pad" and info["padded_IC"] != info["IC"]:
             # Vectors up to the last of a pixel, which is partly of zeros.
@@ -278,22 +414,42 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
             kernel.schedule_injective(sch, producer, rules)
 
 
+def _spread_places(sch: s_tir.Schedule, block: SBlockRV, item_bytes: int) -> None:
+    """Put an odd number of lines between the places of a patch: else they share few sets of the cache."""
+    sch.storage_align(block, 0, 4, 2 * _LINE // item_bytes, _LINE // item_bytes)
+
+
 def _order_products(
-    sch: s_tir.Schedule, block: SBlockRV, chunk: LoopRV, info: dict[str, Any], lanes: int
+    sch: s_tir.Schedule, block: SBlockRV, chunk: LoopRV, info: dict[str, Any], lanes: int, dot: Dot | None
 ) -> LoopRV:
     """Order the loops of the matrix products; returns the loop over them."""
     i, j, tile, channel, ic = kernel.inner(sch, block, chunk)[-5:]
-    tiles, inner_tile = sch.split(tile, [None, info["register_tiles"]])
+    # The last register tile is whole: a predicate of its parts would stand in the innermost loop.
+    tiles, inner_tile = sch.split(tile, [None, info["register_tiles"]], disable_predication=True)
     blocks, vectors, vector = sch.split(channel, [None, info["block"] // lanes, lanes])
-    sch.reorder(i, j, blocks, tiles, ic, inner_tile, vectors, vector)
+    step, k = sch.split(ic, [None, dot.depth if dot else 1])
+    sch.reorder(i, j, blocks, tiles, step, inner_tile, vectors, vector, k)
     product = sch.fuse(i, j)
     written = sch.cache_write(block, 0, "local")
+    _spread_places(sch, written, 4)
     sch.reverse_compute_at(written, tiles, preserve_unit_loops=True)
     kernel.vectorize_inner(sch, kernel.inner(sch, written, tiles), lanes)
-    sch.vectorize(vector)
+    if dot is None:
+        sch.vectorize(vector)
     sch.unroll(inner_tile)
     sch.unroll(vectors)
     return product
+
+
+def _write_products(
+    sch: s_tir.Schedule, block: SBlockRV, product: LoopRV, lanes: int, dot: Dot | None
+) -> None:
+    """Take the first values of the sums out of their loops, and multiply by the target's instruction."""
+    _, tiles, step, *_, vector, _ = kernel.inner(sch, block, product)
+    init = sch.decompose_reduction(block, step)
+    if dot:
+        kernel.vectorize_inner(sch, kernel.inner(sch, init, tiles), lanes)
+        sch.tensorize(vector, dot.name)
 
 
 def _schedule_input(sch: s_tir.Schedule, stages: dict[str, SBlockRV], chunk: LoopRV, lanes: int) -> LoopRV:
@@ -310,4 +466,5 @@ def _schedule_input(sch: s_tir.Schedule, stages: dict[str, SBlockRV], chunk: Loo
     return tile
 
 
-FAMILY = KernelFamily("winograd", legalize, schedule)
+FP32 = KernelFamily("winograd_fp32", legalize, schedule)
+INT8 = KernelFamily("winograd_int8", legalize_integer, schedule)

@@ -12,7 +12,7 @@ from tvm.tirx import PrimFunc
 
 @dataclass(frozen=True)
 class Dot:
-    """A tensor intrinsic `C[lane] += sum(A[k] * B[lane, k])`, exact in int32, with C a local accumulator.
+    """A tensor intrinsic `C[lane] += sum(A[k] * B[lane, k])`, exact in 32 bits, with C a local accumulator.
 
     Attributes
     ----------
@@ -30,6 +30,8 @@ class Dot:
         Vector registers that the accumulators of a tile may take, so that none is spilled.
     vector_cost
         What loading one vector of weights costs, in broadcasts of one step's activations.
+    sum_dtype
+        What C holds: int32, or uint32 where sums may wrap around.
     int8_offset, uint8_offset
         What is added to int8 or uint8 activations so that they fit data_dtype.
     """
@@ -42,6 +44,7 @@ class Dot:
     inner_shape: tuple[int, ...]
     registers: int
     vector_cost: float = 1.0
+    sum_dtype: str = "int32"
     int8_offset: int = 0
     uint8_offset: int = 0
 
@@ -66,11 +69,18 @@ _NEON = Dot(
     "tvm_compress.dot_neon", 4, 4, "int8", "int8", (2, 4, 2), registers=16, vector_cost=0.5, uint8_offset=-128
 )
 
+# Of int16 by int16, for sums that wrap around (Winograd's).
+_WRAPPING = {
+    16: Dot("tvm_compress.dot_avx512_wrapping", 16, 2, "int16", "int16", (16, 2), 20, sum_dtype="uint32"),
+    8: Dot("tvm_compress.dot_avx2_wrapping", 8, 2, "int16", "int16", (8, 2), 10, sum_dtype="uint32"),
+    4: Dot("tvm_compress.dot_sse2_wrapping", 4, 2, "int16", "int16", (4, 2), 8, sum_dtype="uint32"),
+}
+
 _BY_ISA = {"avx512vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2, "x86": _SSE2}
 _MULTIPLY_PAIRS = {
-    _AVX2.name: "llvm.x86.avx2.pmadd.wd",
-    _SSE2.name: "llvm.x86.sse2.pmadd.wd",
-    _AVX512.name: "llvm.x86.avx512.pmaddw.d.512",
+    8: "llvm.x86.avx2.pmadd.wd",
+    4: "llvm.x86.sse2.pmadd.wd",
+    16: "llvm.x86.avx512.pmaddw.d.512",
 }
 
 
@@ -79,6 +89,18 @@ def dot_for(isa: str) -> Dot:
     dot = _BY_ISA.get(isa, _NEON)
     register_dot(dot)
     return dot
+
+
+def wrapping_dot_for(isa: str) -> Dot | None:
+    """Return the dot product of int16 by int16 whose sums may wrap around, registered.
+
+    None on Arm, where LLVM makes it (smlal) of plain vectors.
+    """
+    lanes = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "x86": 4}.get(isa)
+    if lanes is None:
+        return None
+    register_dot(_WRAPPING[lanes])
+    return _WRAPPING[lanes]
 
 
 @cache
@@ -94,13 +116,13 @@ def register_dot(dot: Dot) -> None:
 
 def _desc(dot: Dot) -> PrimFunc:
     lanes, depth = dot.lanes, dot.depth
-    data_dtype, weight_dtype = dot.data_dtype, dot.weight_dtype
+    data_dtype, weight_dtype, sum_dtype = dot.data_dtype, dot.weight_dtype, dot.sum_dtype
 
     @T.prim_func(s_tir=True)
     def desc(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (depth,), data_dtype, offset_factor=1)
         B = T.match_buffer(b, (lanes, depth), weight_dtype, offset_factor=1)
-        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
+        C = T.match_buffer(c, (lanes,), sum_dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
             T.writes(C[0:lanes])
@@ -108,22 +130,23 @@ def _desc(dot: Dot) -> PrimFunc:
                 for k in T.serial(0, depth):
                     with T.sblock("update"):
                         vi, vk = T.axis.remap("SR", [i, k])
-                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+                        C[vi] = C[vi] + T.cast(T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32"), sum_dtype)
 
     return desc
 
 
 def _pairs(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
     """Multiply pairs of int16 and add each pair's products: (v)pmaddwd, then (v)paddd."""
-    lanes, weight_dtype, instruction = dot.lanes, dot.weight_dtype, _MULTIPLY_PAIRS[dot.name]
+    lanes, weight_dtype, instruction = dot.lanes, dot.weight_dtype, _MULTIPLY_PAIRS[dot.lanes]
     wide = f"int16x{2 * lanes}"
-    loaded, result = f"{weight_dtype}x{2 * lanes}", f"int32x{lanes}"
+    loaded, result = f"{weight_dtype}x{2 * lanes}", f"{dot.sum_dtype}x{lanes}"
+    sum_dtype = dot.sum_dtype
 
     @T.prim_func(s_tir=True)
     def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (2,), "int16", offset_factor=1)
         B = T.match_buffer(b, (lanes, 2), weight_dtype, offset_factor=1)
-        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
+        C = T.match_buffer(c, (lanes,), sum_dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:2], B[0:lanes, 0:2])
             T.writes(C[0:lanes])

@@ -1,6 +1,6 @@
-"""Single fp32 convolutions, each compiled with a kernel of one's choice, for the benchmarks of kernels."""
+"""Single convolutions in fp32 and INT8, compiled with a kernel of one's choice, for benchmarks of kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,15 +10,15 @@ from tvm import relax
 from tvm.target import Target
 
 from tvm_compress.rpc.cross_compile import export_fcompile
-from tvm_compress.schedules import winograd
+from tvm_compress.schedules import ops, winograd
 from tvm_compress.schedules.apply import lower_to_kernels
-from tvm_compress.schedules.winograd_algorithm import ALGORITHMS
+from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, Algorithm
 
-# "direct", and Winograd's algorithms.
+# "direct", and Winograd's algorithms: those of integers have the same names.
 KERNELS = ("direct", *ALGORITHMS)
 
 
-def conv_module(height: int, width: int, in_channels: int, out_channels: int, seed: int = 0) -> tvm.IRModule:
+def fp32_module(height: int, width: int, in_channels: int, out_channels: int, seed: int = 0) -> tvm.IRModule:
     """Return a 3 x 3 convolution at stride 1 with padding 1, bias and ReLU on one image."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((out_channels, in_channels, 3, 3)).astype(np.float32)
@@ -36,10 +36,58 @@ def conv_module(height: int, width: int, in_channels: int, out_channels: int, se
     return builder.get()
 
 
-def build_conv(shape: Sequence[int], kernel: str, target: Target, path: Path) -> Path:
-    """Compile a convolution of (H, W, IC, OC) with the kernel of that name; returns the library."""
-    with patch.object(winograd, "choose_algorithm", lambda info, rules: ALGORITHMS.get(kernel)):
-        lowered = lower_to_kernels(conv_module(*shape), target)
+def int8_module(height: int, width: int, in_channels: int, out_channels: int, seed: int = 0) -> tvm.IRModule:
+    """Return the same in integers: what follows is a ReLU's requantization, of a multiplier per channel.
+
+    The weights are of a normal distribution, as are trained ones: those of an equal one would need more bits.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.standard_normal((out_channels, in_channels, 3, 3))
+    scale = 127 / np.abs(drawn).max(axis=(1, 2, 3), keepdims=True)
+    weight = np.rint(drawn * scale).astype(np.int8)
+    bias = rng.integers(-1000, 1000, out_channels).astype(np.int32)
+    multiplier = rng.integers(1 << 29, 1 << 30, out_channels).astype(np.int32)
+    x = relax.Var("x", relax.TensorType((1, height, width, in_channels), "int8"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = ops.call(
+                "conv2d", [x, relax.const(weight), relax.const(bias)],
+                strides=[1, 1], padding=[1, 1, 1, 1], dilation=[1, 1], groups=1, zero_point=-128,
+                scheme="int8", activation_bits=8, weight_bits=8,
+            )  # fmt: skip
+            bound = int(255 * np.abs(weight.astype(np.int64)).sum(axis=(1, 2, 3)).max() + 1000)
+            y = ops.call(
+                "requantize", [builder.emit(y), relax.const(multiplier)],
+                shift=41, zero_point=-128, qmin=-128, qmax=127, dtype="int8", bound=bound,
+            )  # fmt: skip
+            out = builder.emit_output(y)
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+# By the name of the table (kernel_tables.load_rows).
+MODULES = {"conv2d_fp32": fp32_module, "conv2d_int8": int8_module}
+
+
+def build_conv(operator: str, shape: Sequence[int], kernel: str, target: Target, path: Path) -> Path | None:
+    """Compile a convolution of (H, W, IC, OC) with the kernel of that name; returns the library.
+
+    None where the kernel cannot compute it: integers that may not fit.
+    """
+    fits = True
+
+    def choose(
+        info: dict, rules: object, operator: str, algorithms: Mapping[str, Algorithm]
+    ) -> Algorithm | None:
+        nonlocal fits
+        fits = kernel == "direct" or kernel in algorithms
+        return algorithms.get(kernel)
+
+    with patch.object(winograd, "choose_algorithm", choose):
+        lowered = lower_to_kernels(MODULES[operator](*shape), target)
+    if not fits:
+        return None
     compiler = export_fcompile(str(target.attrs.get("mtriple", "")))
     relax.build(lowered, target=target).export_library(str(path), fcompile=compiler)
     return path

@@ -1,6 +1,7 @@
 """Measures which kernel is the fastest for which shape, and writes the table that the schedules choose by.
 
-usage: python scripts/bench/kernel_table.py [--device DEVICE] [--resume] [--quick] [--output FILE]
+usage: python scripts/bench/kernel_table.py [--device DEVICE] [--only OPERATOR ...] [--resume] [--quick]
+                                            [--output FILE]
 
 The table goes to tvm_compress/schedules/tables/ISA.json, for the instruction set of the device's target. On
 this machine a cost is the fastest of the samples, in seconds. On the emulated Cortex-A72 it is the larger of
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conv_kernels import KERNELS, build_conv
+from conv_kernels import KERNELS, MODULES, build_conv
 from figures import PACKAGES, commit, machine
 
 from tvm_compress.rpc.cost_a72 import L1_MISS_CYCLES, L2_MISS_CYCLES
@@ -58,23 +59,33 @@ def cost(result: LatencyResult, weight_bytes: int) -> float:
 
 
 def measure_shape(
-    device: Device, size: int, ins: int, outs: int, settings: MeasurementSettings
+    device: Device, operator: str, shape: tuple[int, int, int], settings: MeasurementSettings
 ) -> dict[str, Any]:
     """Row of the table."""
+    size, ins, outs = shape
     target = parse_target(TARGETS[device.name])
     with tempfile.TemporaryDirectory() as folder:
-        libraries = {
-            name: build_conv((size, size, ins, outs), name, target, Path(folder) / f"{name}.so")
+        built = {
+            name: build_conv(operator, (size, size, ins, outs), name, target, Path(folder) / f"{name}.so")
             for name in KERNELS
         }
-        found = measure(device, libraries, [np.ones((1, size, size, ins), np.float32)], settings)
-    sides = {name: ALGORITHMS[name].n if name in ALGORITHMS else KERNEL_SIZE for name in KERNELS}
-    costs = {name: cost(found[name].result, 4 * sides[name] ** 2 * ins * outs) for name in KERNELS}
+        libraries = {name: path for name, path in built.items() if path is not None}
+        x = np.ones((1, size, size, ins), np.float32 if operator == "conv2d_fp32" else np.int8)
+        found = measure(device, libraries, [x], settings)
+    costs = {name: cost(found[name].result, weight_bytes(operator, name, ins * outs)) for name in libraries}
     rounded = {name: float(f"{value:.4g}") for name, value in costs.items()}
     return {"H": size, "W": size, "IC": ins, "OC": outs, "costs": rounded}
 
 
-def write_table(path: Path, isa: str, device: str, rows: list[dict[str, Any]]) -> None:
+def weight_bytes(operator: str, kernel: str, channels: int) -> int:
+    """Bytes of packed weights, for so many pairs of an input and an output channel."""
+    direct, transformed = (4, 4) if operator == "conv2d_fp32" else (1, 2)
+    if kernel == "direct":
+        return direct * KERNEL_SIZE**2 * channels
+    return transformed * ALGORITHMS[kernel].n ** 2 * channels
+
+
+def write_table(path: Path, isa: str, device: str, tables: dict[str, list[dict[str, Any]]]) -> None:
     """Write the rows with where they come from."""
     local = device == "local"
     content = {
@@ -91,10 +102,10 @@ def write_table(path: Path, isa: str, device: str, rows: list[dict[str, Any]]) -
             },
             "date": time.strftime("%Y-%m-%d"),
         },
-        "tables": {"conv2d_fp32": rows},
+        "tables": tables,
     }
     text = json.dumps(content, indent=1)
-    for row in rows:
+    for row in (row for rows in tables.values() for row in rows):
         # A row a line.
         text = text.replace(json.dumps(row, indent=1).replace("\n", "\n   "), json.dumps(row))
     path.write_text(text + "\n", encoding="utf-8")
@@ -104,6 +115,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=tuple(TARGETS), default="local")
+    parser.add_argument("--only", nargs="+", choices=tuple(MODULES), default=tuple(MODULES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--quick", action="store_true")
@@ -111,18 +123,20 @@ def main() -> None:
     device = open_device(arguments.device)
     isa = rules_for(parse_target(TARGETS[arguments.device])).isa
     path = arguments.output or Path(kernel_tables.__file__).parent / "tables" / f"{isa}.json"
-    rows: list[dict[str, Any]] = []
-    if arguments.resume and path.exists():
-        rows = json.loads(path.read_text(encoding="utf-8"))["tables"]["conv2d_fp32"]
-    known = {(row["H"], row["IC"], row["OC"]) for row in rows}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
     settings = MeasurementSettings(warmup=2, repeat=15 if arguments.device == "local" else 1, min_repeat_ms=4)
-    for shape in QUICK_SHAPES if arguments.quick else SHAPES:
-        if shape in known:
-            continue
-        rows.append(measure_shape(device, *shape, settings))
-        costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
-        print("{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
-        write_table(path, isa, arguments.device, rows)
+    for operator in arguments.only:
+        rows = tables[operator] = tables.get(operator, []) if arguments.resume else []
+        known = {(row["H"], row["IC"], row["OC"]) for row in rows}
+        for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+            if shape in known:
+                continue
+            rows.append(measure_shape(device, operator, shape, settings))
+            costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
+            print(operator, "{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
+            write_table(path, isa, arguments.device, tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """INT8 kernels against the integer reference, to the last bit, and what they are made of."""
 
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,12 +12,19 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import int8, ops, reference
+from tvm_compress.schedules import int8, ops, reference, winograd
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.target_rules import parse_target
 
 HOST = "host"
 A72 = "raspberry-pi/4b-aarch64"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def direct_kernels() -> Iterator[None]:
+    """No Winograd kernels, whatever the tables say of a shape."""
+    with patch.object(winograd, "choose_algorithm", lambda *arguments: None):
+        yield
 
 
 def make_site(x: np.ndarray, w: np.ndarray, b: np.ndarray, **attrs: Any) -> tvm.IRModule:

@@ -66,7 +66,7 @@ def relative_error(actual: np.ndarray, exact: np.ndarray, scale: float) -> float
 
 
 def lower(module: tvm.IRModule, target: Target, algorithm: Algorithm | None) -> tvm.IRModule:
-    with patch.object(winograd, "choose_algorithm", lambda info, rules: algorithm):
+    with patch.object(winograd, "choose_algorithm", lambda *arguments: algorithm):
         return apply.lower_to_kernels(module, target)
 
 
@@ -236,7 +236,7 @@ def test_blocks_cover_the_image_and_tiles_fit_the_registers(
 ) -> None:
     rules = rules_for(parse_target(name))
     blocking = winograd.choose_blocking(
-        rules, dict(N=1, OH=size, OW=size, IC=channels, OC=channels), algorithm
+        rules, dict(N=1, OH=size, OW=size, IC=channels, OC=channels), algorithm, winograd.FLOATS
     )
     tiles = -(-size // algorithm.m)
     assert 1 <= blocking.rows <= tiles
@@ -255,7 +255,7 @@ def test_the_tables_choose_what_was_measured_as_fastest(name: str) -> None:
     chosen = set()
     for row in rows:
         info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"]}
-        algorithm = winograd.choose_algorithm(info, rules)
+        algorithm = winograd.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS)
         kernel = algorithm.name if algorithm else "direct"
         assert row["costs"][kernel] == min(row["costs"].values())
         chosen.add(kernel)
@@ -278,7 +278,8 @@ def test_overhanging_tiles_count_in_the_choice() -> None:
 
 def test_targets_without_a_table_get_the_direct_kernel() -> None:
     rules = rules_for(parse_target("llvm -mcpu=apple-m1 -mtriple=aarch64-linux-gnu"))
-    assert winograd.choose_algorithm({"OH": 32, "OW": 32, "IC": 64, "OC": 64}, rules) is None
+    info = {"OH": 32, "OW": 32, "IC": 64, "OC": 64}
+    assert winograd.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS) is None
 
 
 # (input shape, output channels, padding, algorithm).

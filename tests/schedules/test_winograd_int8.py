@@ -1,0 +1,269 @@
+"""Integer Winograd kernels against the integer reference, to the last bit, wherever sums wrap around."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm import relax
+from tvm.target import Target
+
+from tests.schedules.test_int8 import A72, HOST, make_site, random_site
+from tvm_compress.rpc.cross_compile import export_fcompile
+from tvm_compress.rpc.device import open_device
+from tvm_compress.schedules import apply, kernel_tables, ops, reference, winograd
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.schedules.winograd_algorithm import (
+    INTEGER_ALGORITHMS,
+    IntegerAlgorithm,
+    pack_weights,
+    transform_weights,
+)
+
+SAME = [1, 1, 1, 1]
+F2, F4 = INTEGER_ALGORITHMS["F2"], INTEGER_ALGORITHMS["F4"]
+BOTH = pytest.mark.parametrize("algorithm", [F2, F4], ids=["F2", "F4"])
+
+
+def lower(module: tvm.IRModule, target: Target, algorithm: IntegerAlgorithm) -> tvm.IRModule:
+    """Lower with the algorithm, where it may be taken."""
+    name = algorithm.name
+    with patch.object(winograd, "choose_algorithm", lambda info, rules, table, allowed: allowed.get(name)):
+        return apply.lower_to_kernels(module, target)
+
+
+def run(module: tvm.IRModule, x: np.ndarray, algorithm: IntegerAlgorithm, target: str = HOST) -> np.ndarray:
+    """Run the module by the algorithm, which must have been taken."""
+    parsed = parse_target(target)
+    lowered = lower(module, parsed, algorithm)
+    assert any(info.features["backend_winograd"] for info in apply.kernel_infos(lowered, parsed))
+    machine = relax.VirtualMachine(relax.build(lowered, target=parsed), tvm.cpu())
+    result: np.ndarray = machine["main"](tvm.runtime.tensor(x)).numpy()
+    return result
+
+
+@BOTH
+def test_the_matrices_are_an_algorithm_of_convolution(algorithm: IntegerAlgorithm) -> None:
+    """Output a is the sum over taps k of weight k times input a + k, times the factor of row a."""
+    at, bt, g = algorithm.output_matrix, algorithm.input_matrix, algorithm.weight_matrix
+    assert all(matrix.dtype == np.int64 for matrix in (at, bt, g))
+    products = np.einsum("ai,ik,id->akd", at, g, bt)
+    taps = [[[int(d == a + k) for d in range(algorithm.n)] for k in range(3)] for a in range(algorithm.m)]
+    np.testing.assert_array_equal(products, np.array(taps) * algorithm.row_factors[:, None, None])
+    column = list(np.random.default_rng(0).integers(-99, 99, algorithm.n))
+    assert algorithm.transform_input(column, int) == list(bt @ column)
+    assert algorithm.transform_output(column, int) == list(at @ column)
+
+
+@BOTH
+@given(value=st.integers(-(2**29), 2**29))
+@settings(max_examples=50, deadline=None)
+def test_factors_are_undone_modulo_32_bits(algorithm: IntegerAlgorithm, value: int) -> None:
+    value %= 1 << algorithm.bits
+    value -= (1 << algorithm.bits) * (value % 2)
+    for first, shift in zip(algorithm.row_factors, algorithm.shifts, strict=True):
+        for second, other in zip(algorithm.row_factors, algorithm.shifts, strict=True):
+            wrapped = value * int(first) * int(second) * algorithm.inverse % (1 << 32)
+            signed = wrapped - (1 << 32) * (wrapped >> 31)
+            assert signed >> (shift + other) == value
+
+
+@BOTH
+def test_transformed_numbers_fit_16_bits(algorithm: IntegerAlgorithm) -> None:
+    assert algorithm.largest_input(255) < 2**15
+    for sign in np.ndindex(2, 2, 2):
+        weight = (127 * np.array([-1, 1])[np.add.outer(sign, sign) % 2]).astype(np.int8)
+        packed = pack_weights(weight[None, None], algorithm, 1, 2, 2)
+        assert packed.dtype == np.int16
+        np.testing.assert_array_equal(
+            packed[:, :, 0, 0, 0, 0], transform_weights(weight[None, None], algorithm)[:, :, 0, 0]
+        )
+
+
+@BOTH
+def test_pairs_of_channels_stand_together(algorithm: IntegerAlgorithm) -> None:
+    weight = np.random.default_rng(0).integers(-127, 128, (5, 3, 3, 3)).astype(np.int8)
+    packed = pack_weights(weight, algorithm, 4, 8, 2)
+    assert packed.shape == (algorithm.n, algorithm.n, 2, 4, 4, 2)
+    transformed = transform_weights(weight, algorithm)
+    np.testing.assert_array_equal(packed[:, :, 1, 0, 0, :], transformed[:, :, 4, :2])
+    np.testing.assert_array_equal(packed[:, :, 1, 1, 0, 0], transformed[:, :, 4, 2])
+    assert not packed[:, :, :, 1, :, 1].any()
+    assert not packed[:, :, :, 2:].any()
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    padding = draw(st.sampled_from([SAME, [0, 0, 0, 0], [0, 1, 2, 1], [2, 0, 0, 3]]))
+    least = [max(1, 3 - padding[axis] - padding[axis + 2]) for axis in (0, 1)]
+    dtype = draw(st.sampled_from(["int8", "uint8"]))
+    return {
+        "shape": (
+            draw(st.integers(1, 2)), *(draw(st.integers(low, 18)) for low in least),
+            draw(st.sampled_from([1, 3, 8, 12, 16, 21, 40])),
+        ),
+        "outs": draw(st.sampled_from([1, 5, 8, 16, 24, 37, 67])),
+        "padding": padding,
+        "dtype": dtype,
+        "zero_point": draw(st.sampled_from([0, -128, 3, 127] if dtype == "int8" else [0, 128, 255])),
+        "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
+
+
+@given(convolutions(), st.sampled_from([F2, F4]))
+@settings(max_examples=12, deadline=None)
+def test_any_convolution_is_exact(site: dict[str, Any], algorithm: IntegerAlgorithm) -> None:
+    rng = np.random.default_rng(site["seed"])
+    x, w, b = random_site(rng, site["shape"], (site["outs"], site["shape"][-1], 3, 3), site["dtype"])
+    geometry = {key: site[key] for key in ("padding", "zero_point")}
+    np.testing.assert_array_equal(
+        run(make_site(x, w, b, **geometry), x, algorithm), reference.conv2d(x, w, b, **geometry)
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("target", ["llvm -mcpu=x86-64", HOST])
+@pytest.mark.parametrize(("dtype", "value"), [("int8", -128), ("int8", 127), ("uint8", 255)])
+@pytest.mark.parametrize("weight", [-127, 127])
+def test_the_largest_sums_are_exact(
+    algorithm: IntegerAlgorithm, dtype: str, value: int, weight: int, target: str
+) -> None:
+    if "x86" in target and not parse_target(HOST).attrs["mtriple"].startswith("x86"):
+        target = HOST
+    largest = max(abs(limit) for limit in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    # As many channels as the 32 bits of F4 hold.
+    channels = (2**F4.bits - 1) // (9 * 127 * largest)
+    x = np.full((1, 6, 6, channels), value, dtype)
+    w = np.full((9, channels, 3, 3), weight, np.int8)
+    b = np.zeros(9, np.int32)
+    geometry: dict[str, Any] = {"padding": SAME, "zero_point": int(np.iinfo(dtype).min)}
+    np.testing.assert_array_equal(
+        run(make_site(x, w, b, **geometry), x, algorithm, target), reference.conv2d(x, w, b, **geometry)
+    )
+
+
+def test_weights_whose_sums_may_not_fit_get_another_algorithm() -> None:
+    channels = 2**F4.bits // (9 * 127 * 128) + 1
+    x, w, b = (
+        np.ones(shape, dtype)
+        for shape, dtype in (((1, 6, 6, channels), "int8"), ((8, channels, 3, 3), "int8"), (8, "int32"))
+    )
+    allowed: list[list[str]] = []
+
+    def choose(info: Any, rules: Any, table: str, algorithms: dict[str, Any]) -> None:
+        assert table == "conv2d_int8"
+        allowed.append(sorted(algorithms))
+
+    with patch.object(winograd, "choose_algorithm", choose):
+        for weight in (w, 127 * w):
+            apply.lower_to_kernels(make_site(x, weight, b, padding=SAME), parse_target(HOST))
+    assert allowed == [["F2", "F4"], ["F2"]]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "attrs"), [(3, {"strides": [2, 2]}), (3, {"dilation": [2, 2]}), (3, {"groups": 2}), (1, {})]
+)
+def test_other_convolutions_get_the_direct_kernel(kernel: int, attrs: dict[str, Any]) -> None:
+    x = np.ones((1, 12, 12, 8), np.int8)
+    w = np.ones((8, 8 // attrs.get("groups", 1), kernel, kernel), np.int8)
+    target = parse_target(HOST)
+    lowered = lower(make_site(x, w, np.zeros(8, np.int32), **attrs), target, F4)
+    assert not any(info.features["backend_winograd"] for info in apply.kernel_infos(lowered, target))
+
+
+def requantized(x: np.ndarray, w: np.ndarray, b: np.ndarray, multiplier: np.ndarray) -> tvm.IRModule:
+    """A convolution and the requantization behind it."""
+    data = relax.Var("x", relax.TensorType(x.shape, str(x.dtype)))
+    builder = relax.BlockBuilder()
+    site = {"strides": [1, 1], "dilation": [1, 1], "groups": 1, "scheme": "int8"}
+    with builder.function("main", [data]):
+        with builder.dataflow():
+            y = ops.call(
+                "conv2d", [data, relax.const(w), relax.const(b)],
+                **site, padding=SAME, zero_point=-128, activation_bits=8, weight_bits=8,
+            )  # fmt: skip
+            y = ops.call(
+                "requantize", [builder.emit(y), relax.const(multiplier)],
+                shift=38, zero_point=-128, qmin=-128, qmax=127, dtype="int8",
+            )  # fmt: skip
+            out = builder.emit_output(y)
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+@BOTH
+def test_the_requantization_is_fused(algorithm: IntegerAlgorithm) -> None:
+    x, w, b = random_site(np.random.default_rng(0), (1, 9, 14, 16), (21, 16, 3, 3))
+    multiplier = np.random.default_rng(1).integers(1 << 29, 1 << 30, 21).astype(np.int32)
+    target = parse_target(HOST)
+    module = requantized(x, w, b, multiplier)
+    (info,) = apply.kernel_infos(lower(module, target, algorithm), target)
+    assert info.kind == "conv2d_int8"
+    assert info.features["is_int8"] == info.features["backend_winograd"] == 1
+    exact = reference.requantize(
+        reference.conv2d(x, w, b, -128, padding=SAME), multiplier, 38, -128, -128, 127
+    )
+    np.testing.assert_array_equal(run(module, x, algorithm), exact)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llvm -mcpu=cascadelake -mtriple=x86_64-linux-gnu", "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"],
+)
+def test_x86_multiplies_pairs(name: str) -> None:
+    x, w, b = random_site(np.random.default_rng(0), (1, 8, 8, 16), (32, 16, 3, 3))
+    target = parse_target(name)
+    executable = relax.build(lower(make_site(x, w, b, padding=SAME), target, F4), target=target)
+    text = "".join(part.inspect_source("asm") for part in executable.mod.imports if part.kind == "llvm")
+    assert "vpmaddwd" in text
+
+
+def test_the_a72_multiplies_and_adds_in_one_instruction() -> None:
+    x, w, b = random_site(np.random.default_rng(0), (1, 8, 8, 16), (32, 16, 3, 3))
+    target = parse_target(A72)
+    executable = relax.build(lower(make_site(x, w, b, padding=SAME), target, F4), target=target)
+    text = "".join(part.inspect_source("asm") for part in executable.mod.imports if part.kind == "llvm")
+    assert "smlal\tv0.4s" in text
+
+
+@pytest.mark.parametrize("name", [A72, "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"])
+def test_the_tables_hold_integer_kernels(name: str) -> None:
+    rules = rules_for(parse_target(name))
+    rows = kernel_tables.load_rows(rules.isa, "conv2d_int8")
+    assert len(rows) > 20
+    chosen = set()
+    for row in rows:
+        info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"]}
+        allowed = {key: INTEGER_ALGORITHMS[key] for key in row["costs"] if key != "direct"}
+        algorithm = winograd.choose_algorithm(info, rules, "conv2d_int8", allowed)
+        kernel = algorithm.name if algorithm else "direct"
+        assert row["costs"][kernel] == min(row["costs"].values())
+        chosen.add(kernel)
+    assert {"direct", "F4"} <= chosen
+
+
+# (input shape, type, zero point, output channels, padding, algorithm).
+EMULATED: list[tuple[tuple[int, ...], str, int, int, list[int], IntegerAlgorithm]] = [
+    ((1, 8, 8, 16), "int8", -128, 16, SAME, F2),
+    ((1, 8, 8, 32), "int8", 3, 16, SAME, F4),
+    ((2, 7, 9, 5), "uint8", 0, 19, [0, 1, 2, 0], F2),
+    ((2, 7, 9, 5), "uint8", 255, 19, [0, 1, 2, 0], F4),
+]
+
+
+def test_the_emulated_a72_computes_them_too(tmp_path: Path) -> None:
+    target = parse_target(A72)
+    with open_device("emulated-a72").open() as session:
+        for index, (shape, dtype, zero_point, outs, padding, algorithm) in enumerate(EMULATED):
+            x, w, b = random_site(np.random.default_rng(index), shape, (outs, shape[-1], 3, 3), dtype)
+            site = make_site(x, w, b, padding=padding, zero_point=zero_point)
+            library = tmp_path / f"{index}.so"
+            relax.build(lower(site, target, algorithm), target=target).export_library(
+                str(library), fcompile=export_fcompile("aarch64-linux-gnu")
+            )
+            (actual,) = session.run(library, [x])
+            np.testing.assert_array_equal(actual, reference.conv2d(x, w, b, zero_point, padding=padding))
