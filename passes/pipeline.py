@@ -140,8 +140,12 @@ def compress(
     return run("codebook_weights", CodebookWeights(policy), module) if stored else module
 
 
-def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> IRModule:
+def lower(
+    module: IRModule, target: TargetLike, dump: Folder | None = None, compact: bool = False
+) -> IRModule:
     """Choose and schedule the kernels: float, qdq or integer -> kernels; parameters become constants.
+
+    `compact` rules out kernels that are faster for keeping weights in a larger form.
 
     Raises
     ------
@@ -161,15 +165,21 @@ def lower(module: IRModule, target: TargetLike, dump: Folder | None = None) -> I
     module = run("bind_params", bind_params, module)
     if any(operator(value) == "relax.nn.batch_norm" for _, value in bindings(module["main"])):
         module = run("decompose_batch_norm", relax.transform.DecomposeOpsForInference(), module)
-    return run("kernels", lambda one: with_stage(lower_to_kernels(one, parsed), "kernels"), module)
+
+    def to_kernels(one: IRModule) -> IRModule:
+        return with_stage(lower_to_kernels(one, parsed, compact), "kernels")
+
+    return run("kernels", to_kernels, module)
 
 
-def build(module: IRModule, target: TargetLike, dump: Folder | None = None) -> Compiled:
-    """Compile a module of any stage from float on; see `lower` for what it raises."""
+def build(
+    module: IRModule, target: TargetLike, dump: Folder | None = None, compact: bool = False
+) -> Compiled:
+    """Compile a module of any stage from float on; see `lower` for the arguments and what it raises."""
     parsed = parse_target(target)
     if not get_stage(module):
         raise ModelError("The module is not canonical.", "Apply Canonicalize to what an importer gives.")
-    lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump)
+    lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump, compact)
     kernels = kernel_infos(lowered, parsed)
     return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,8 +93,13 @@ class KernelInfo:
     func: tirx.PrimFunc
 
 
-def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+def lower_to_kernels(module: tvm.IRModule, target: Target, compact: bool = False) -> tvm.IRModule:
     """Lower a Relax module with bound parameters to scheduled TIR; `relax.build` takes the result as it is.
+
+    Parameters
+    ----------
+    compact
+        Take no kernel that keeps its weights in a larger form, though it may be faster.
 
     Raises
     ------
@@ -103,7 +108,7 @@ def lower_to_kernels(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """
     ops.register()
     elementwise.allow_vector_rounding()
-    rules = rules_for(target)
+    rules = replace(rules_for(target), compact=compact)
     module = fold_transposed_weights(module)
     _check_sites(module)
     with target:

@@ -220,7 +220,7 @@ def cut_at_predicate(sch: s_tir.Schedule, loop: LoopRV) -> None:
 def vectorize_cut(sch: s_tir.Schedule, loop: LoopRV, lanes: int) -> LoopRV:
     """Split a loop into vectors, cutting off what is left after the last full one; returns the outer loop."""
     extent = loop_extent(sch, loop)
-    width = lanes if extent >= lanes else vector_factor(extent, lanes)
+    width = vector_width(extent, lanes)
     rest, vector = sch.split(loop, [None, width])
     if width > 1:
         sch.vectorize(vector)
@@ -229,24 +229,38 @@ def vectorize_cut(sch: s_tir.Schedule, loop: LoopRV, lanes: int) -> LoopRV:
     return rest
 
 
+def vector_width(extent: int, lanes: int) -> int:
+    """Return the power of two up to `lanes` with which a loop takes the fewest steps.
+
+    What is left after the last full vector takes a step each: 24 values are three vectors of 8 rather than
+    one of 16 and 8 single ones.
+    """
+    widths = [1]
+    while widths[-1] * 2 <= min(lanes, extent):
+        widths.append(widths[-1] * 2)
+    return min(reversed(widths), key=lambda width: extent // width + extent % width)
+
+
 def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules, item_bits: int = 32) -> None:
     """Schedule a padding, packing or element-wise block: vectors inside, parallel outside if large.
 
-    Where every access is at the block's own position, all its loops become one; else the last axis is
-    vectorised if every access is contiguous along it.
+    Where every access is at the block's own position, all its loops become one, unless vectors would lie
+    across two rows of the last axis; else the last axis is vectorised if every access is contiguous along it.
     """
     loops = list(sch.get_loops(block))
     if not loops:
         return
     work = math.prod(loop_extent(sch, loop) for loop in loops)
     lanes = max(1, rules.vector_bits // item_bits)
-    if len(loops) > 1 and is_pointwise(sch, block):
-        loops = [sch.fuse(*loops)]
+    extent = loop_extent(sch, loops[-1])
+    width = vector_width(extent, lanes)
+    if len(loops) > 1 and extent % width == 0 and is_pointwise(sch, block):
+        loops, lanes = [sch.fuse(*loops)], width if extent > 1 else lanes
     *outer, last = loops
     if is_contiguous(sch, block):
-        whole = loop_extent(sch, last) % lanes == 0 or loop_extent(sch, last) < lanes
+        extent = loop_extent(sch, last)
         rest = vectorize_cut(sch, last, lanes)
-        if whole:
+        if extent % vector_width(extent, lanes) == 0:
             outer = [*outer, rest]
     else:
         outer = loops[:-1] or loops

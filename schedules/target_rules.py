@@ -57,6 +57,8 @@ class TargetRules:
         Channel counts for pruned layers that keep the kernels' vectors full, small to large.
     l1_bytes, l2_bytes
         Data caches of one core.
+    compact
+        Whether weights are to take no more bytes than their numbers need.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TargetRules:
     round_multiples: tuple[int, ...]
     l1_bytes: int
     l2_bytes: int
+    compact: bool = False
 
     @property
     def fp32_lanes(self) -> int:

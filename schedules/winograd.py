@@ -160,8 +160,8 @@ def choose_algorithm(
 ) -> Algorithm | None:
     """Return the algorithm that is the fastest by the target's table, None for the direct kernel.
 
-    Where nothing was measured the direct kernel is taken: it is never much slower than it has to be, and its
-    weights take the least memory.
+    Where nothing was measured, or weights are to be compact, the direct kernel is taken: it is never much
+    slower than it has to be, and its weights take the least memory.
 
     Parameters
     ----------
@@ -170,6 +170,8 @@ def choose_algorithm(
     algorithms
         Those that may be taken.
     """
+    if rules.compact:
+        return None
     work: dict[str, Callable[[int, int], float]] = {"direct": lambda height, width: 9.0 * height * width}
     work |= {name: partial(_multiplications, algorithm) for name, algorithm in algorithms.items()}
     shape = {"H": info["OH"], "W": info["OW"], "IC": info["IC"], "OC": info["OC"]}
@@ -405,13 +407,15 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
         kernel.parallelize(sch, loop, rules, macs, kernel.MIN_PARALLEL_MACS)
     _write_products(sch, stages["products"], product, lanes, numbers.dot)
     for producer in others:
+        item_bits = 32 if numbers is FLOATS else 8
         if kernel.block_name(sch, producer) == "pad" and info["padded_IC"] != info["IC"]:
             # Vectors up to the last of a pixel, which is partly of zeros.
-            rest, vector = sch.split(sch.get_loops(producer)[-1], [None, lanes])
+            width = kernel.vector_factor(info["padded_IC"], rules.vector_bits // item_bits)
+            rest, vector = sch.split(sch.get_loops(producer)[-1], [None, width])
             sch.vectorize(vector)
             kernel.cut_at_predicate(sch, rest)
         else:
-            kernel.schedule_injective(sch, producer, rules)
+            kernel.schedule_injective(sch, producer, rules, item_bits)
 
 
 def _spread_places(sch: s_tir.Schedule, block: SBlockRV, item_bytes: int) -> None:

@@ -166,8 +166,10 @@ def model_policy(model: Model) -> CompressionPolicy | None:
     return None if text is None else CompressionPolicy.from_json(str(text))
 
 
-def compile_model(model: Model, target_text: str, path: str | Path) -> Artifact:
+def compile_model(model: Model, target_text: str, path: str | Path, compact: bool = False) -> Artifact:
     """Build a model, dense or compressed, for a target and write the artifact.
+
+    `compact` rules out kernels that are faster for keeping weights in a larger form.
 
     Raises
     ------
@@ -179,7 +181,7 @@ def compile_model(model: Model, target_text: str, path: str | Path) -> Artifact:
     policy = model_policy(model)
     return Artifact.create(
         path,
-        build(module, target),
+        build(module, target, compact=compact),
         input_spec=model.input_spec,
         class_names=model.class_names,
         policy=None if policy is None else json.loads(policy.to_json()),

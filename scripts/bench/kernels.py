@@ -2,27 +2,33 @@
 
 usage: python scripts/bench/kernels.py [--only PART ...] [--threads N ...] [--json FILE] [--quick]
 
-Each part measures by itself and keeps what the others left in the file. `fp32-x86` compares with ONNX Runtime
-where that is installed (1.22.1 was used). Weights are random but for the sample's: they change no time.
+Each part measures by itself and keeps what the others left in the file. `fp32-x86` and `int8-x86` compare
+with ONNX Runtime where that is installed (1.22.1 was used). Weights are random but for the sample's: they
+change no time.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import kernel_peers
 import numpy as np
 import torch
+import tvm
 from figures import Figure, write_parts
 from networks import ResNet18
 
+from tvm_compress.calibration import calibrate
+from tvm_compress.compression import uniform_policy
+from tvm_compress.compressor import realize
 from tvm_compress.model import Model
-from tvm_compress.passes.pipeline import build
+from tvm_compress.passes.pipeline import build, compress
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import MeasurementSettings, open_device
 from tvm_compress.rpc.measure import measure
@@ -35,6 +41,11 @@ TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 ROUNDS = 5
 # Inferences of a round.
 CALLS = 40
+# M estimated cycles of ncnn, the fastest peer, counted with the same emulator and block model: instructions
+# only. And what is wanted of ours.
+NCNN = {("ResNet-18 w32", "fp32"): 18.6, ("ResNet-18 w32", "int8"): 13.4}
+NCNN |= {("ResNet-18 w64", "fp32"): 58.9, ("ResNet-18 w64", "int8"): 45.6}
+GOALS = NCNN | {("ResNet-18 w64", "fp32"): 52.0, ("ResNet-18 w64", "int8"): 42.0}
 Part = tuple[list[Figure], dict[str, Any]]
 
 
@@ -49,60 +60,44 @@ def networks(quick: bool) -> dict[str, tuple[torch.nn.Module, tuple[int, ...]]]:
     return found
 
 
-def compile_both(
-    module: torch.nn.Module, shape: tuple[int, ...], device: str, folder: Path
-) -> dict[str, Path]:
+def network_module(network: torch.nn.Module, x: np.ndarray, scheme: str) -> tvm.IRModule:
+    """The network in Relax, ready for the kernels."""
+    model = Model.from_torch(network, (torch.zeros(x.shape),))
+    if scheme == "fp32":
+        return model.module
+    policy = uniform_policy(model, target="host", weight_bits=8, activation_bits=8)
+    return realize(compress(model.module, policy, calibration=lambda module: calibrate(module, x)))
+
+
+def compile_both(module: tvm.IRModule, device: str, folder: Path) -> dict[str, Path]:
     """Libraries with the direct kernels alone, and with those that the target's table chooses."""
     target = parse_target(TARGETS[device])
-    relax_module = Model.from_torch(module, (torch.zeros(shape),)).module
     compiler = export_fcompile(str(target.attrs.get("mtriple", "")))
     libraries = {}
     for name in ("direct", "chosen"):
         direct = patch.object(winograd, "choose_algorithm", lambda *arguments: None)
         with direct if name == "direct" else nullcontext():
-            libraries[name] = build(relax_module, target).export(folder / f"{name}.so", compiler)
+            libraries[name] = build(module, target).export(folder / f"{name}.so", compiler)
     return libraries
 
 
-def onnx_runtime(
-    module: torch.nn.Module, x: np.ndarray, threads: int, folder: Path
-) -> Callable[[], float] | None:
-    """Function that starts ONNX Runtime, times its inferences and ends it: seconds. None without it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    path = folder / "network.onnx"
-    torch.onnx.export(module, (torch.from_numpy(x),), path, dynamo=True, external_data=False, verbose=False)
-
-    def sample() -> float:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: x}
-        times = []
-        for _ in range(10 + CALLS):
-            start = time.perf_counter()
-            session.run(None, feed)
-            times.append(time.perf_counter() - start)
-        return min(times[10:])
-
-    return sample
-
-
-def time_network(module: torch.nn.Module, shape: tuple[int, ...], threads: int) -> dict[str, Any]:
-    """Fastest seconds of each round, of both libraries and of ONNX Runtime.
+def time_network(network: torch.nn.Module, x: np.ndarray, scheme: str, threads: int) -> dict[str, Any]:
+    """Fastest seconds of each round, of both libraries, of fp32 beside INT8, and of ONNX Runtime.
 
     They take turns: never at once, as threads that wait spin.
     """
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     # Single inferences, as of ONNX Runtime.
     settings = MeasurementSettings(warmup=10, repeat=CALLS, min_repeat_ms=0, threads=threads)
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        libraries = compile_both(module, shape, "local", folder)
-        peer = onnx_runtime(module, x, threads, folder)
+        libraries = compile_both(network_module(network, x, scheme), "local", folder)
+        if scheme == "int8":
+            (folder / "fp32").mkdir()
+            libraries["fp32"] = compile_both(network_module(network, x, "fp32"), "local", folder / "fp32")[
+                "chosen"
+            ]
+        peer = kernel_peers.sampler(network, x, scheme, threads, CALLS, folder)
         for _ in range(ROUNDS):
             for kernels, one in measure(open_device("local"), libraries, [x], settings).items():
                 if not one.result.ok:
@@ -118,70 +113,78 @@ def ratio(samples: dict[str, list[float]], reference: str) -> float:
     return min(samples["chosen"]) / min(samples[reference])
 
 
-def fp32_x86(arguments: argparse.Namespace) -> Part:
-    """Networks in fp32 on this machine."""
+def on_x86(scheme: str, arguments: argparse.Namespace) -> Part:
+    """Networks on this machine."""
     figures, rows = [], []
-    for name, (module, shape) in networks(arguments.quick).items():
+    references = {"direct": ("direct ones", ""), "fp32": ("those of fp32", "")}
+    references["ONNX Runtime"] = ("ONNX Runtime", kernel_peers.version())
+    for name, (network, shape) in networks(arguments.quick).items():
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         for threads in arguments.threads:
-            row = {"network": name} | time_network(module, shape, threads)
+            row = {"network": name} | time_network(network, x, scheme, threads)
             rows.append(row)
             print(json.dumps(row), flush=True)
             milliseconds = {k: f"{1e3 * min(v):.3g} ms" for k, v in row["samples"].items()}
-            for reference, peer in (("direct", ""), ("ONNX Runtime", _onnx_runtime_version())):
-                if reference in row["samples"]:
-                    figures.append(
-                        Figure(
-                            f"x86 fp32, {name}, {threads} thread{'s' * (threads > 1)}: chosen kernels over "
-                            f"{'direct ones' if reference == 'direct' else reference}",
-                            ratio(row["samples"], reference),
-                            "of the time",
-                            1.0,
-                            "<=",
-                            peer,
-                            f"{milliseconds['chosen']} and {milliseconds[reference]}",
-                        )
-                    )
+            what = f"x86 {scheme}, {name}, {threads} thread{'s' * (threads > 1)}: chosen kernels over"
+            figures += [
+                Figure(
+                    f"{what} {described}",
+                    ratio(row["samples"], reference),
+                    "of the time",
+                    1.0,
+                    "<=",
+                    peer,
+                    f"{milliseconds['chosen']} and {milliseconds[reference]}",
+                )
+                for reference, (described, peer) in references.items()
+                if reference in row["samples"]
+            ]
     return figures, {"runs": rows}
 
 
-def _onnx_runtime_version() -> str:
-    try:
-        import onnxruntime
-    except ImportError:
-        return ""
-    return f"ONNX Runtime {onnxruntime.__version__}"
-
-
-def fp32_a72(arguments: argparse.Namespace) -> Part:
-    """Networks in fp32 on the emulated Cortex-A72."""
+def on_a72(scheme: str, arguments: argparse.Namespace) -> Part:
+    """Networks on the emulated Cortex-A72."""
     figures, rows = [], []
-    for name, (module, shape) in networks(arguments.quick).items():
+    for name, (network, shape) in networks(arguments.quick).items():
         x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         with tempfile.TemporaryDirectory() as folder:
-            libraries = compile_both(module, shape, "emulated-a72", Path(folder))
+            libraries = compile_both(network_module(network, x, scheme), "emulated-a72", Path(folder))
             found = measure(open_device("emulated-a72"), libraries, [x], reference="direct")
         if not all(one.result.ok for one in found.values()):
             raise RuntimeError(f"{name}: {[one.result.error for one in found.values()]}")
         cycles = {kernels: one.result.value for kernels, one in found.items()}
         chosen = found["chosen"].result.breakdown.values()
         bound = sum(part["cycles"] for part in chosen if part["memory_cycles"] > part["compute_cycles"])
-        row = {"network": name, "cycles": cycles, "memory_bound": bound}
+        compute = sum(part["compute_cycles"] for part in chosen)
+        row = {"network": name, "cycles": cycles, "memory_bound": bound, "compute_cycles": compute}
         rows.append(row)
         print(json.dumps(row), flush=True)
         note = (
-            f"{cycles['chosen'] / 1e6:.3g} M and {cycles['direct'] / 1e6:.3g} M estimated cycles (emulated)"
+            f"{cycles['chosen'] / 1e6:.3g} M and {cycles['direct'] / 1e6:.3g} M estimated cycles (emulated); "
+            f"{bound / cycles['chosen']:.0%} of them in kernels that wait for memory"
         )
-        share = f"{bound / cycles['chosen']:.0%} of them in kernels that wait for memory"
         figures.append(
             Figure(
-                f"Cortex-A72 fp32, {name}: chosen kernels over direct ones",
-                cycles["chosen"] / cycles["direct"], "of the cycles", 1.0, "<=", note=f"{note}; {share}",
+                f"Cortex-A72 {scheme}, {name}: chosen kernels over direct ones",
+                cycles["chosen"] / cycles["direct"], "of the cycles", 1.0, "<=", note=note,
             )
         )  # fmt: skip
+        if (name, scheme) in NCNN:
+            figures.append(
+                Figure(
+                    f"Cortex-A72 {scheme}, {name}: instructions only",
+                    compute / 1e6, "M estimated cycles (emulated)", GOALS[name, scheme], "<=",
+                    "ncnn, counted with the same emulator", f"ncnn {NCNN[name, scheme]} M",
+                )
+            )  # fmt: skip
     return figures, {"runs": rows}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"fp32-x86": fp32_x86, "fp32-a72": fp32_a72}
+PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
+    f"{scheme}-{machine}": partial(measured, scheme)
+    for scheme in ("fp32", "int8")
+    for machine, measured in (("x86", on_x86), ("a72", on_a72))
+}
 
 
 def main() -> None:

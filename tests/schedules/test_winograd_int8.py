@@ -175,6 +175,18 @@ def test_other_convolutions_get_the_direct_kernel(kernel: int, attrs: dict[str, 
     assert not any(info.features["backend_winograd"] for info in apply.kernel_infos(lowered, target))
 
 
+def test_compact_libraries_have_none() -> None:
+    x, w, b = random_site(np.random.default_rng(0), (1, 16, 16, 64), (64, 64, 3, 3))
+    target = parse_target(A72)
+    kernels = {}
+    for compact in (False, True):
+        lowered = apply.lower_to_kernels(make_site(x, w, b, padding=SAME), target, compact)
+        (kernels[compact],) = apply.kernel_infos(lowered, target)
+    assert [kernels[compact].features["backend_winograd"] for compact in (False, True)] == [1, 0]
+    assert kernels[True].features["weight_bytes"] == w.size + b.nbytes
+    assert kernels[False].features["weight_bytes"] == 2 * F4.n**2 * 64 * 64 + b.nbytes
+
+
 def requantized(x: np.ndarray, w: np.ndarray, b: np.ndarray, multiplier: np.ndarray) -> tvm.IRModule:
     """A convolution and the requantization behind it."""
     data = relax.Var("x", relax.TensorType(x.shape, str(x.dtype)))

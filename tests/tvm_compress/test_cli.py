@@ -180,7 +180,10 @@ def test_compress_compile_verify_run_benchmark(capsys: pytest.CaptureFixture[str
     bits = ["--weight-bits", "8", "--activation-bits", "8"]
     compressed = call("compress", SAMPLE, "-o", model, "--pruning-ratio", "0.25", *bits)
     assert compressed["metrics"]["macs"] < 0.9 * call("inspect", SAMPLE)["metrics"]["macs"]
-    call("compile", model, "-o", artifact)
+    fast = call("compile", model, "-o", artifact)
+    small = call("compile", model, "-o", str(tmp_path / "small"), "--compact")
+    # Transformed weights take two or more bytes for one.
+    assert small["library_bytes"] < fast["library_bytes"] - 20_000
     call("compile", SAMPLE, "-o", dense)
     checked = call("verify", artifact, "--model", model, "--data", SAMPLE, "--limit", "60")
     assert checked["agreement"] == 1.0

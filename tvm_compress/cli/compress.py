@@ -239,11 +239,14 @@ def compile_artifact(
         Path, typer.Option("--output", "-o", help="Artifact directory, or a file that ends in .tar.")
     ],
     target: TargetOption = "host",
+    compact: Annotated[
+        bool, typer.Option("--compact", help="A small library: no faster kernels that take larger weights.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Build a model, dense or compressed, for a target and write an artifact."""
-    artifact = compile_model(load_model(model), target, output)
+    artifact = compile_model(load_model(model), target, output, compact)
     result = {
         "artifact": str(output),
         "target": artifact.manifest.target,
