@@ -295,7 +295,9 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
+    def time_kernels(
+        self, library: Path, kernels: Mapping[str, ArgumentSpecs], passes: int = 1
+    ) -> dict[str, LatencyResult]:
         """Measure functions of a library, each alone.
 
         Parameters
@@ -305,6 +307,9 @@ class Session(ABC):
         kernels
             By function name, the shape and dtype of each argument in destination-passing style, outputs
             last. Arguments are filled with small values.
+        passes
+            How often a clock times all of them in turn: of each kernel's results the fastest counts, a
+            failure ends its passes. Where nothing drifts, one pass is enough.
         """
 
     def health(self) -> dict[str, Any]:

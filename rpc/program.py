@@ -72,17 +72,24 @@ class _Evaluator:
         self._module = module
         self._name = name
         self._flush: CacheFlush | None = None
+        # By the number of calls: making one takes a round trip.
+        self._evaluators: dict[int, Callable[..., Any]] = {}
 
     def flush_caches(self, size: bool | int) -> int:
         self._flush = CacheFlush.prepare(self._worker, size)
+        self._evaluators.clear()
         return self._flush.size
 
     def mean(self, number: int, arguments: Sequence[Any]) -> float:
+        if number not in self._evaluators:
+            self._evaluators[number] = self._make(number)
+        return float(self._evaluators[number](*arguments).mean)
+
+    def _make(self, number: int) -> Callable[..., Any]:
         # The evaluator flushes before each repeat, not before each call of one.
         options = {"number": number} if self._flush is None else {"repeat": number, "number": 1}
         options |= self._flush.options if self._flush is not None else {}
-        evaluator = self._module.time_evaluator(self._name, self._worker.remote.cpu(0), **options)
-        return float(evaluator(*arguments).mean)
+        return self._module.time_evaluator(self._name, self._worker.remote.cpu(0), **options)
 
 
 class Program:

@@ -18,9 +18,8 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.rpc.address import Tracker
-from tvm_compress.rpc.clock import ClockSession, Timing, results_of, rounds
+from tvm_compress.rpc.clock import ClockSession, LoadedKernels, Timing, results_of, rounds
 from tvm_compress.rpc.device import (
-    ArgumentSpecs,
     Candidate,
     Device,
     DeviceFailedError,
@@ -194,20 +193,17 @@ class TrackerSession(ClockSession):
 
         return prepare
 
-    def time_kernels(self, library: Path, kernels: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
-        """See `Session.time_kernels`; a kernel that fails is tried once more on another board."""
-        results: dict[str, LatencyResult] = {}
-        time_kernels = super().time_kernels
-        for name, specs in kernels.items():
+    def _time_kernel(self, loaded: LoadedKernels, name: str) -> LatencyResult:
+        """Time one kernel; if it fails, once more on another board."""
+        time_kernel = super()._time_kernel
 
-            def one(name: str = name, specs: ArgumentSpecs = specs) -> LatencyResult:
-                result = time_kernels(library, {name: specs})[name]
-                if result.error is not None:
-                    raise DeviceFailedError(*result.error)
-                return result
+        def time() -> LatencyResult:
+            result = time_kernel(loaded, name)
+            if result.error is not None:
+                raise DeviceFailedError(*result.error)
+            return result
 
-            try:
-                results[name] = self._twice(one)
-            except DeviceFailedError as error:
-                results[name] = LatencyResult.failed(error.kind, str(error), "seconds", self.settings)
-        return results
+        try:
+            return self._twice(time)
+        except DeviceFailedError as error:
+            return LatencyResult.failed(error.kind, str(error), "seconds", self.settings)

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tvm import rpc
 from tvm_compress.rpc.device import DeviceFailedError
 from tvm_compress.rpc.machine import elf_machine, machine_of_triple
 from tvm_compress.rpc.relay import LOST
+from tvm_compress.rpc.watchdog import after
 from tvm_compress.rpc.worker_process import DEATH_LIMIT, START_LIMIT, WorkerProcess, how_ended
 
 Result = TypeVar("Result")
@@ -125,7 +125,7 @@ class Worker:
             Of kind "timeout", "crash" (the process died), or "unsupported" (the worker raised an error).
         """
         try:
-            with _after(limit, self._expire):
+            with after(limit, self._expire):
                 return function(*args)
         except Exception as error:  # TVM raises whatever class the remote error names
             # The traceback would keep remote objects, and with them the session, alive.
@@ -154,7 +154,7 @@ class Worker:
     def _answers(self) -> bool:
         """Whether the worker outlived an error: then it was its answer, else its last sign."""
         if self.remote is not None:
-            with contextlib.suppress(Exception), _after(_ANSWER_LIMIT, self._kill):
+            with contextlib.suppress(Exception), after(_ANSWER_LIMIT, self._kill):
                 self.remote.get_function("tvm.rpc.server.workpath")("alive")
                 return True
         # A dying process closes its sockets before it can be waited for.
@@ -231,18 +231,6 @@ class Worker:
 
     def _kill(self) -> None:
         self._server.kill()
-
-
-@contextlib.contextmanager
-def _after(limit: float, action: Callable[[], None]) -> Iterator[None]:
-    """Do `action` in a thread if the block takes longer than `limit` seconds."""
-    timer = threading.Timer(limit, action)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @contextlib.contextmanager

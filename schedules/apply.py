@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tvm
@@ -28,8 +28,9 @@ from tvm_compress.schedules import (
 )
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
-from tvm_compress.schedules.kernel_key import kernel_key
+from tvm_compress.schedules.kernel_key import kernel_key, target_digest
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
+from tvm_compress.schedules.te_cache import ReusingBuilder
 
 FAMILIES: dict[str, KernelFamily] = {
     family.name: family
@@ -136,7 +137,7 @@ def _legalize(module: tvm.IRModule, rules: TargetRules) -> tvm.IRModule:
     def recorded(legalize: Callable) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
         def attempt(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
             try:
-                return legalize(bb, call)
+                return legalize(cast("relax.BlockBuilder", ReusingBuilder(bb)), call)
             except KernelError as error:
                 refusals.append(error)
                 raise
@@ -281,6 +282,11 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
     return result.with_attr("tirx.is_scheduled", True).with_attr(INFO, json.dumps(info, sort_keys=True))
 
 
+# Key and `counts.executed` of scheduled functions, by the target's digest and the object, which `_SCHEDULED`
+# gives to all networks.
+_DESCRIBED: dict[tuple[tirx.PrimFunc, str], tuple[str, dict[str, float]]] = {}
+
+
 def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     """Describe the kernels of a lowered module, in the order of their first call."""
     calls: dict[tvm.ir.GlobalVar, list[relax.Call]] = {}
@@ -290,6 +296,9 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
             if isinstance(value, relax.Call) and getattr(value.op, "name", "") == "relax.call_tir":
                 calls.setdefault(value.args[0], []).append(value)
     rules = rules_for(target)
+    digest = target_digest(target)
+    if len(_DESCRIBED) >= _MOST_SCHEDULED:
+        _DESCRIBED.clear()
     infos = []
     for gv, sites in calls.items():
         func = module[gv]
@@ -297,8 +306,11 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
         kind = info["operator"]
         if "backend" in info:
             kind += f"_{_KINDS.get(info['backend'], info['backend'])}"
-        features = _features(info, sites[0], rules) | executed(func, rules.vector_bits)
-        infos.append(KernelInfo(gv.name_hint, kind, len(sites), kernel_key(func, target), features, func))
+        if (func, digest) not in _DESCRIBED:
+            _DESCRIBED[func, digest] = kernel_key(func, target), executed(func, rules.vector_bits)
+        key, counts = _DESCRIBED[func, digest]
+        features = _features(info, sites[0], rules) | counts
+        infos.append(KernelInfo(gv.name_hint, kind, len(sites), key, features, func))
     return infos
 
 

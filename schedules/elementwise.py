@@ -1,6 +1,6 @@
 """All but convolutions and dense layers: the dialect's element-wise operators, and schedules for the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -70,7 +70,10 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
         raise KernelError(f"A requantization's shift must lie within 0 and 62, not at {shift}.")
     factors = kernel.constant_array(call.args[1], "multiplier").astype(np.int64)
     bound = int(attrs["bound"]) if "bound" in attrs else 2**31
+    limits = (low - zero_point, high - zero_point)
     chosen = choose_arithmetic(factors, shift, bound, zero_point, low, high)
+    # Beyond both limits it is all the same how large: then all multipliers lead to one function (`te_cache`).
+    chosen = replace(chosen, largest=min(chosen.largest, max(-limits[0], limits[1]) + 1))
     identity = factors.size == 1 and int(factors.flat[0]) == 1
 
     def value(x: Any, *multiplier: Any) -> Any:
@@ -80,7 +83,6 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
         else:
             rounded = rounded_product(x, factor, shift, chosen.product)
         rounded = rounded.astype(chosen.result)
-        limits = (low - zero_point, high - zero_point)
         return clamp(rounded, chosen.result, *limits, zero_point, chosen.largest).astype(dtype)
 
     def compute(x: te.Tensor, *multiplier: te.Tensor) -> te.Tensor:

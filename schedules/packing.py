@@ -1,7 +1,7 @@
 """What an integer convolution or dense call computes, and its constants packed with numpy for the kernels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -100,6 +100,12 @@ class IntegerLayer:
         """Multiply-accumulates of one call."""
         out_height, out_width = self.out_size
         return self.data_shape[0] * out_height * out_width * self.weight.size
+
+    def te_facts(self) -> tuple[Any, ...]:
+        """See `te_cache.TeFacts`: weights and biases are arguments of a kernel, no part of its code."""
+        arrays = ("weight", "bias")
+        values = [getattr(self, field.name) for field in fields(self) if field.name not in arrays]
+        return (*values, self.weight.shape)
 
     def info(self) -> dict[str, Any]:
         """Return the facts that every kernel states in its annotation (kernel_attrs)."""

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tvm_compress.rpc.clock import Timing, sample_in_rounds
-from tvm_compress.rpc.device import DeviceFailedError, MeasurementSettings, open_device
+from tvm_compress.rpc.clock import ClockSession, Timing, sample_in_rounds
+from tvm_compress.rpc.device import DeviceFailedError, LatencyResult, MeasurementSettings, open_device
 from tvm_compress.rpc.program import UNKNOWN_CACHES, CacheFlush, Kernel
 
 SETTINGS = MeasurementSettings(warmup=0, repeat=3, min_repeat_ms=0, max_spread=0.02, max_repeat=9)
@@ -119,3 +120,47 @@ def test_a_worker_without_python_flushes_by_tvms_own_means(build):
         assert kernel.flush_caches(1 << 20) == 1 << 20
         assert kernel.evaluate(2) > 0
         del module, kernel
+
+
+class ScriptedKernels(ClockSession):
+    """A session whose kernels take what is known beforehand, pass by pass; None is a crash."""
+
+    def __init__(self, **passes: Sequence[float | None]) -> None:
+        self.settings = SETTINGS
+        self._passes = {name: iter(values) for name, values in passes.items()}
+        self.order: list[str] = []
+
+    def _time_many(self, candidates):
+        raise NotImplementedError
+
+    def _time_kernel(self, loaded, name):
+        self.order.append(name)
+        value = next(self._passes[name])
+        if value is None:
+            return LatencyResult.failed("crash", "It fell.", "seconds", SETTINGS)
+        return LatencyResult.from_samples([value], "seconds", SETTINGS)
+
+
+def test_of_several_passes_the_fastest_counts_and_a_failure_ends_a_kernels_passes():
+    session = ScriptedKernels(a=[3.0, 1.0, 2.0], b=[1.0, None], c=[2.0, 2.0, 3.0])
+    results = session.time_kernels(Path("none.so"), {"a": [], "b": [], "c": []}, 3)
+    assert results["a"].value == 1.0
+    assert results["b"].error == ("crash", "It fell.")
+    assert results["c"].value == 2.0
+    assert "".join(session.order) == "abcabcac"
+
+
+def test_passes_over_the_kernels_of_a_library_load_it_once(build):
+    library = build("kernels", "local")
+    arguments = [((4096,), "float32")] * 2
+    with open_device("local").open(replace(SETTINGS, min_repeat_ms=0.1, timeout_s=20.0)) as session:
+        results = session.time_kernels(library, {"double": arguments}, 4)
+        worker: Any = vars(session)["_worker"]
+        assert [path.name for path in worker.directory.glob("*.so")] == ["library1.so"]
+        # A crash takes the worker with it: the next kernel gets a new one.
+        both = session.time_kernels(library, {"crash": [((1,), "int32")], "double": arguments}, 2)
+    assert results["double"].ok
+    assert results["double"].value > 0
+    assert both["crash"].error is not None
+    assert both["crash"].error[0] == "crash"
+    assert both["double"].ok

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from tvm_compress.errors import DataError, ModelError, SettingError, StudyError
 from tvm_compress.finetune import finetune
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets
-from tvm_compress.passes.params import get_stage
+from tvm_compress.passes.params import get_params, get_stage, set_params
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.rpc.device import open_device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search import latency_sources
 from tvm_compress.search.latency import LatencyMeter
 from tvm_compress.search.latency_sources import KernelLatency
 from tvm_compress.search.problem import SearchProblem
@@ -271,6 +273,24 @@ def test_a_sum_of_kernels_is_corrected_by_whole_networks(model, tmp_path):
     again = KernelLatency(meter, SETTINGS)
     again.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert again.checks == source.checks
+
+
+def test_a_module_is_lowered_once_as_long_as_all_of_it_stays_the_same(model, tmp_path):
+    store = MeasurementStore(tmp_path / "m.sqlite")
+    changed = {name: value.copy() for name, value in get_params(model.module).items()}
+    changed["fc.weight"].flat[-1] += 1
+    settings = dataclasses.replace(SETTINGS, measure_first=1, measure_every=10**6)
+    with (
+        LatencyMeter(open_device("local"), parse_target("host"), store, model.input_spec.shape) as meter,
+        patch.object(latency_sources, "lower", wraps=latency_sources.lower) as lowered,
+    ):
+        meter.set_dense(model.module, "dense")
+        source = KernelLatency(meter, settings)
+        # The first is measured as a whole.
+        modules = [model.module] * 3 + [set_params(model.module, changed)]
+        latencies = [source.latency(module, "policy", 5, 0.9) for module in modules]
+    assert latencies[1] == latencies[2] == latencies[3]
+    assert lowered.call_count == 3
 
 
 def test_sensitivity_grows_with_compression_and_repeats(problem, compressor, split):

@@ -175,24 +175,14 @@ class LatencyMeter:
         missing = {f"kernel{i}": k for i, k in enumerate(k for k in distinct.values() if k.key not in found)}
         if missing:
             specs = {name: argument_specs(k) for name, k in missing.items()}
-            for name, result in self._time_apart(self._library_of(missing), specs).items():
+            library = self._library_of(missing)
+            for name, result in self._open_for_kernels().time_kernels(library, specs, KERNEL_PASSES).items():
                 if result.ok:
                     kernel = missing[name]
                     found[kernel.key] = result
                     facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
                     self._put(_kernel_key(kernel), result, facts)
         return found
-
-    def _time_apart(self, library: Path, specs: Mapping[str, ArgumentSpecs]) -> dict[str, LatencyResult]:
-        """Time kernels, in passes over all of them where a clock does it; what fails is not tried again."""
-        session = self._open_for_kernels()
-        best = session.time_kernels(library, specs)
-        for _ in range(KERNEL_PASSES - 1 if self.device.unit == "seconds" else 0):
-            going = {name: specs[name] for name, result in best.items() if result.ok}
-            for name, result in session.time_kernels(library, going).items():
-                if not result.ok or result.value < best[name].value:
-                    best[name] = result
-        return best
 
     def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
         functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}

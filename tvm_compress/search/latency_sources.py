@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import tvm
+import tvm_ffi
 
 from tvm_compress.cost.latency_model import KernelRow, LatencyModel
 from tvm_compress.passes.pipeline import build, lower
@@ -24,6 +25,8 @@ UNCERTAIN = 0.05
 DRIFT_SAMPLE = 3
 # Beyond this change of their times all that are known are corrected.
 DRIFT = 0.1
+# So many modules' kernels are kept, for policies that come again.
+MOST_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,25 @@ class KernelLatency:
         self._settings = settings
         #: (sum of the kernels, latency of the whole network).
         self.checks: list[tuple[float, float]] = []
+        # By the hash of a module, its constants' values included.
+        self._kernels: dict[int, list[KernelInfo]] = {}
 
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """See `LatencySource`."""
-        lowered = lower(module, self._meter.target)
-        kernels = kernel_infos(lowered, self._meter.target)
         if self._is_check(episode):
+            lowered = lower(module, self._meter.target)
+            kernels = kernel_infos(lowered, self._meter.target)
             return self._check(lowered, kernels, key, self._time(kernels))
-        return self._estimate(kernels, accuracy)
+        return self._estimate(self._kernels_of(module), accuracy)
+
+    def _kernels_of(self, module: tvm.IRModule) -> list[KernelInfo]:
+        """Kernels of a module; a search comes back to policies that it likes, and so to the same module."""
+        content = tvm_ffi.structural_hash(module)
+        if content not in self._kernels:
+            if len(self._kernels) >= MOST_KEPT:
+                self._kernels.clear()
+            self._kernels[content] = kernel_infos(lower(module, self._meter.target), self._meter.target)
+        return self._kernels[content]
 
     def _is_check(self, episode: int) -> bool:
         return len(self.checks) < self._settings.measure_first or (
