@@ -22,6 +22,7 @@ from tvm_compress.schedules import (
     fp32,
     int8,
     kernel,
+    lookup,
     narrow,
     ops,
     winograd,
@@ -39,6 +40,7 @@ FAMILIES: dict[str, KernelFamily] = {
         int8.FAMILY,
         bitserial.FAMILY,
         narrow.FAMILY,
+        lookup.FAMILY,
         depthwise.FP32,
         depthwise.INT8,
     )
@@ -48,7 +50,13 @@ FAMILIES: dict[str, KernelFamily] = {
 SCHEMES = ("fp32", "int8", "bitserial")
 
 # Families that do the work of another one, whose kernels are all of one kind to a model.
-_KINDS = {"narrow": "int8", "winograd": "fp32", "depthwise_fp32": "fp32", "depthwise_int8": "int8"}
+_KINDS = {
+    "narrow": "int8",
+    "lookup": "bitserial",
+    "winograd": "fp32",
+    "depthwise_fp32": "fp32",
+    "depthwise_int8": "int8",
+}
 
 _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]] = {
     "quantize": elementwise.legalize_quantize,
@@ -69,8 +77,8 @@ class KernelInfo:
         Its symbol in the module and the library.
     kind
         "conv2d_fp32", "dense_int8", ... for sites, by what computes them: "_bitserial" where bits are
-        counted, "_int8" where bytes are multiplied, whatever the site's scheme (which is a feature); else
-        "elementwise".
+        counted or look sums up, "_int8" where bytes are multiplied, whatever the site's scheme (which is a
+        feature); else "elementwise".
     count
         Calls in main.
     key
@@ -294,7 +302,13 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     return infos
 
 
-_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow", "winograd": "winograd"}
+_BACKENDS = {
+    "popcount": "bitserial",
+    "dot": "int8",
+    "narrow": "narrow",
+    "winograd": "winograd",
+    "lookup": "lookup",
+}
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
 
 

@@ -8,6 +8,7 @@ Weights -1 and +1 are stored as bits u = (w + 1) / 2. For one activation plane p
 popcount(p ^ u): the kernel counts p ^ u, and popcount(u), times the sum of all 2**r1, goes into the bias.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +16,13 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import int8, narrow, packing
+from tvm_compress.schedules import int8, lookup, narrow, packing
 from tvm_compress.schedules.bitpack import pack_activations
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
     add_bias,
     choose_tile,
-    divisors,
     parallelize_outputs,
     write_tile,
 )
@@ -46,6 +46,9 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     """
     layer = packing.read_layer(call)
     check_legal(layer, rules)
+    by_lookup = lookup.legalize_layer(bb, call, layer, rules)
+    if by_lookup is not None:
+        return by_lookup
     if not rules.popcount_pays(layer.activation_bits, layer.weight_bits):
         site = narrow.legalize_layer(bb, call, layer, rules)
         return int8.legalize(bb, call, rules) if site is None else site
@@ -101,19 +104,13 @@ def _bias(layer: IntegerLayer) -> np.ndarray:
     return bias.astype(np.int32)
 
 
-def split_reduction(kernel_height: int, kernel_width: int, words: int) -> tuple[tuple[int, int], ...]:
+def split_reduction(kernel_height: int, kernel_width: int, words: int) -> narrow.Chunks:
     """Split each of the three reduced extents as (outer, inner), the product of the inner ones <= MAX_STEPS.
 
     The inner ones are counted in 8 bits, so that overflow is impossible by construction.
     """
-    if kernel_height * kernel_width * words <= MAX_STEPS:
-        return (1, kernel_height), (1, kernel_width), (1, words)
-    if kernel_width * words <= MAX_STEPS:
-        return (kernel_height, 1), (1, kernel_width), (1, words)
-    if words <= MAX_STEPS:
-        return (kernel_height, 1), (kernel_width, 1), (1, words)
-    inside = max(d for d in divisors(words) if d <= MAX_STEPS)
-    return (kernel_height, 1), (kernel_width, 1), (words // inside, inside)
+    candidates = narrow.chunk_candidates(kernel_height, kernel_width, words)
+    return next(chunks for chunks in candidates if math.prod(inside for _, inside in chunks) <= MAX_STEPS)
 
 
 def _compute(layer: IntegerLayer, dot: BitDot, tile: Tile) -> Callable[..., te.Tensor]:

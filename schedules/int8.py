@@ -109,9 +109,14 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     KernelError
         Where weights are no constants or out of range, or the sums may overflow int32.
     """
+    from tvm_compress.schedules import lookup  # which builds on this module
+
     layer = packing.read_layer(call)
     if depthwise.is_depthwise(layer.groups, layer.in_channels):
         return depthwise.legalize_integer(bb, call, layer, rules)
+    by_lookup = lookup.legalize_layer(bb, call, layer, rules)
+    if by_lookup is not None:
+        return by_lookup
     dot = dot_for(rules.isa)
     offset = dot.offset(layer.data_dtype)
     packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))

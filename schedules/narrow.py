@@ -82,13 +82,14 @@ def choose_chunks(weight: np.ndarray, largest: int) -> Chunks | None:
         Activations lie in [0, largest].
     """
     _, channels, height, width = weight.shape
-    for chunks in _candidates(height, width, channels // DEPTH):
+    for chunks in chunk_candidates(height, width, channels // DEPTH):
         if largest_partial_sum(weight, largest, chunks) <= INT16_MAX:
             return chunks
     return None
 
 
-def _candidates(height: int, width: int, steps: int) -> Iterator[Chunks]:
+def chunk_candidates(height: int, width: int, steps: int) -> Iterator[Chunks]:
+    """Give cuts of the reduction of a kernel of `height` x `width` and steps of channels, large to small."""
     yield (1, height), (1, width), (1, steps)
     yield (height, 1), (1, width), (1, steps)
     yield (height, 1), (width, 1), (1, steps)

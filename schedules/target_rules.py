@@ -39,6 +39,34 @@ _POPCOUNT_BITS = {"avx512vnni": 2, "avx512": 2, "avx2": 2, "x86": 4, "a72": 9, "
 
 
 @dataclass(frozen=True)
+class _LookupCosts:
+    """Multiply-accumulates a cycle of what computes 3x3 convolutions of few bits, beside the epilogue.
+
+    Attributes
+    ----------
+    lookups
+        Of table lookups with weights of 1 bit, by the most activation bits; w bits take w times as long.
+    table
+        Cycles of building tables, for an activation of up to 6 bits; twice that for more.
+    products
+        Of the INT8 kernel.
+    counts
+        Of counting bits, 1 x 1; a x w bits take a * w times as long.
+    """
+
+    lookups: tuple[tuple[int, float], ...]
+    table: float
+    products: float
+    counts: float
+
+
+# Measured on the emulated Cortex-A72 (scripts/bench/lookup.py: 16x16x128, 8x8x256, 4x4x512): what a further
+# bit of weights takes; tables by 1x1 convolutions. Counting is faster with a = 1, INT8 from w = 5, 4 and 3 on
+# (a <= 5, 6, 8), and where a table serves few outputs.
+_LOOKUP = {"a72": _LookupCosts(((5, 35.0), (6, 26.0), (8, 17.5)), table=1.1, products=7.8, counts=56.0)}
+
+
+@dataclass(frozen=True)
 class TargetRules:
     """The facts about a target that the schedules and the policies follow.
 
@@ -84,6 +112,29 @@ class TargetRules:
         The integers are the same, so this is a question of speed alone; see _POPCOUNT_BITS for the figures.
         """
         return activation_bits * weight_bits <= _POPCOUNT_BITS[self.isa]
+
+    def lookup_pays(self, activation_bits: int, weight_bits: int, reuse: float, counted: bool) -> bool:
+        """Whether looking sums up in tables is faster than what else computes a convolution's integers.
+
+        Parameters
+        ----------
+        activation_bits, weight_bits
+            1 to 8 and 1 to 4.
+        reuse
+            Multiply-accumulates of the layer for each of its (padded) activations.
+        counted
+            Whether counting bits is possible too.
+        """
+        costs = _LOOKUP.get(self.isa)
+        if costs is None:
+            return False
+        rate = next(rate for most, rate in costs.lookups if activation_bits <= most)
+        table = costs.table * (1 if activation_bits <= 6 else 2)
+        cycles = weight_bits / rate + table / reuse
+        others = [1 / costs.products]
+        if counted and self.popcount_pays(activation_bits, weight_bits):
+            others.append(activation_bits * weight_bits / costs.counts)
+        return cycles < min(others)
 
     def bitserial_legal(
         self,
