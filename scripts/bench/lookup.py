@@ -170,7 +170,7 @@ def network(arguments: argparse.Namespace) -> Part:
     x = np.random.default_rng(0).standard_normal((2, *shape[1:])).astype(np.float32)
     target = parse_target(TARGET)
     with tempfile.TemporaryDirectory() as folder:
-        libraries = {}
+        libraries: dict[str, Path] = {}
         for name, bits in (("W2A5", (2, 5)), ("without lookups", (2, 5)), ("W8A8", (8, 8))):
             policy = uniform_policy(dense, target=TARGET, weight_bits=bits[0], activation_bits=bits[1])
             module = compress(dense.module, policy, calibration=lambda m: calibrate(m, x))
