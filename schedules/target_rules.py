@@ -113,8 +113,8 @@ class TargetRules:
         """
         return activation_bits * weight_bits <= _POPCOUNT_BITS[self.isa]
 
-    def lookup_pays(self, activation_bits: int, weight_bits: int, reuse: float, counted: bool) -> bool:
-        """Whether looking sums up in tables is faster than what else computes a convolution's integers.
+    def lookup_cost(self, activation_bits: int, weight_bits: int, reuse: float) -> float | None:
+        """Cycles of a multiply-accumulate of a convolution by table lookup; None where there is no such kernel.
 
         Parameters
         ----------
@@ -122,19 +122,27 @@ class TargetRules:
             1 to 8 and 1 to 4.
         reuse
             Multiply-accumulates of the layer for each of its (padded) activations.
-        counted
-            Whether counting bits is possible too.
         """
         costs = _LOOKUP.get(self.isa)
         if costs is None:
-            return False
+            return None
         rate = next(rate for most, rate in costs.lookups if activation_bits <= most)
         table = costs.table * (1 if activation_bits <= 6 else 2)
-        cycles = weight_bits / rate + table / reuse
+        return weight_bits / rate + table / reuse
+
+    def lookup_pays(self, activation_bits: int, weight_bits: int, reuse: float, counted: bool) -> bool:
+        """Whether table lookups are faster than multiplying bytes and, if `counted`, than counting bits.
+
+        The other parameters are those of `lookup_cost`. The integers are the same.
+        """
+        cost = self.lookup_cost(activation_bits, weight_bits, reuse)
+        if cost is None:
+            return False
+        costs = _LOOKUP[self.isa]
         others = [1 / costs.products]
         if counted and self.popcount_pays(activation_bits, weight_bits):
             others.append(activation_bits * weight_bits / costs.counts)
-        return cycles < min(others)
+        return cost < min(others)
 
     def bitserial_legal(
         self,

@@ -158,7 +158,7 @@ def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
         [f"W{w}", *(cell("lookup", w, a) for a in LOOKED_UP), *(cell("popcount", w, a) for a in COUNTED)]
         for w in range(1, 5)
     ]
-    return [head, *body, ["direct INT8", *[cell("int8", 8, 8)] * len(head[1:])]]
+    return [head, *body, ["direct INT8", cell("int8", 8, 8), *[""] * (len(head) - 2)]]
 
 
 def network(arguments: argparse.Namespace) -> Part:
