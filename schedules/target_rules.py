@@ -114,7 +114,7 @@ class TargetRules:
         return activation_bits * weight_bits <= _POPCOUNT_BITS[self.isa]
 
     def lookup_cost(self, activation_bits: int, weight_bits: int, reuse: float) -> float | None:
-        """Cycles of a multiply-accumulate of a convolution by table lookup; None where there is no such kernel.
+        """Cycles of a multiply-accumulate of a convolution by table lookup; None where there is no kernel.
 
         Parameters
         ----------
