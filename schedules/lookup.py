@@ -97,7 +97,6 @@ def applies(layer: IntegerLayer) -> bool:
         layer.operator == "conv2d"
         and layer.groups == 1
         and layer.weight_bits <= 4
-        and layer.activation_bits <= 8
         and layer.in_channels % STEP == 0
         and layer.out_channels % LANES == 0
         and most <= packing.INT32_MAX
@@ -108,7 +107,12 @@ def _pays(layer: IntegerLayer, rules: TargetRules) -> bool:
     height, width = layer.padded_size
     reuse = layer.macs / (layer.data_shape[0] * height * width * layer.in_channels)
     counted = layer.scheme == "bitserial"
-    return rules.lookup_pays(layer.activation_bits, layer.weight_bits, reuse, counted)
+    return rules.lookup_pays(data_bits(layer), layer.weight_bits, reuse, counted)
+
+
+def data_bits(layer: IntegerLayer) -> int:
+    """Return the bits of what is stored: any byte, but with scheme "bitserial"."""
+    return layer.activation_bits if layer.scheme == "bitserial" else 8
 
 
 def lookup_for(activation_bits: int, weight_bits: int) -> Lookup:
@@ -165,7 +169,7 @@ def pack_weight(weight: np.ndarray, bits: int, block: int) -> np.ndarray:
 
 def part_coefficients(layer: IntegerLayer) -> np.ndarray:
     """Return what parts of the activations and bits of the weights are worth: int32 [parts, weight_bits]."""
-    parts = 1 << _PART_BITS * np.arange(parts_of(layer.activation_bits))
+    parts = 1 << _PART_BITS * np.arange(parts_of(data_bits(layer)))
     places = 1 << np.arange(layer.weight_bits)
     if layer.weight_bits > 1:
         places[-1] *= -1  # of two's complement
@@ -176,7 +180,7 @@ def lookup_bias(layer: IntegerLayer) -> np.ndarray:
     """Return the int32 bias that makes the sums of entries those of the layer."""
     bias = packing.fold_bias(layer, _offset(layer)).astype(np.int64)
     if layer.weight_bits == 1:
-        largest = lookup_for(layer.activation_bits, 1).largest
+        largest = lookup_for(data_bits(layer), 1).largest
         worth = largest * part_coefficients(layer).sum()
         bias = bias - worth * (layer.weight < 0).sum(axis=(1, 2, 3))
     return bias.astype(np.int32)
@@ -192,12 +196,12 @@ def compute_function(layer: IntegerLayer, tile: Tile) -> Callable[..., te.Tensor
     out_height, out_width = layer.out_size
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel, layer.strides, layer.dilation
     block = tile.vectors * LANES
-    lookup = lookup_for(layer.activation_bits, layer.weight_bits)
-    parts, planes = parts_of(layer.activation_bits), layer.weight_bits
+    lookup = lookup_for(data_bits(layer), layer.weight_bits)
+    parts, planes = parts_of(data_bits(layer)), layer.weight_bits
     (ys, y_inside), (xs, x_inside), (ks, k_inside) = chunks = choose_chunks(
         (kh, kw), ic // STEP, lookup.largest
     )
-    info = {**layer.info(), "tile": [tile.height, tile.width, tile.vectors]}
+    info = {**layer.info(), "tile": [tile.height, tile.width, tile.vectors], "data_bits": data_bits(layer)}
     attrs = kernel_attrs("lookup", info)
 
     def compute(data: te.Tensor, weight: te.Tensor, coefficients: te.Tensor, bias: te.Tensor) -> te.Tensor:
@@ -274,7 +278,7 @@ def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> No
     """Schedule a fused lookup PrimFunc in place."""
     info = kernel.info
     tile = Tile(*info["tile"])
-    lookup = lookup_for(info["activation_bits"], info["weight_bits"])
+    lookup = lookup_for(info["data_bits"], info["weight_bits"])
     stored, tables, lookups = kernel.producers
     schedule_injective(sch, stored, rules, item_bits=8)
     *outer, half, _ = sch.get_loops(tables)

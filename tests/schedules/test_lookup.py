@@ -119,8 +119,8 @@ def test_any_convolution_is_computed_exactly(
     }  # fmt: skip
     if kernel * 2 - 1 <= min(size):
         changes["dilation"] = (dilation, dilation)
-    if signed and bits[0] == 8:
-        changes |= {"data_dtype": "int8", "zero_point": seed - 50}
+    if signed:
+        changes |= {"scheme": "int8", "data_dtype": "int8", "zero_point": seed - 50}
     layer = make_layer((2, *size, ic), (8 * vectors, ic, kernel, kernel), bits, seed, **changes)
     x = make_data(layer, seed)
     np.testing.assert_array_equal(run_on_host(layer, x, vectors), expected(layer, x))
@@ -131,10 +131,12 @@ SAMPLE = [
     make_layer((1, 8, 8, 32), (16, 32, 3, 3), (5, 2)),
     make_layer((2, 5, 7, 64), (24, 64, 3, 3), (3, 1), strides=(2, 2), zero_point=5),
     make_layer((1, 6, 6, 32), (8, 32, 3, 3), (6, 3), padding=(0, 1, 2, 1)),
-    make_layer((1, 6, 8, 40), (32, 40, 3, 3), (6, 1), scheme="int8", zero_point=63),
+    make_layer((1, 6, 8, 32), (32, 32, 3, 3), (6, 1), zero_point=63),
     make_layer((1, 7, 7, 16), (16, 16, 3, 3), (8, 2), data_dtype="int8", zero_point=-9),
     make_layer((1, 8, 4, 8), (16, 8, 5, 5), (8, 1), data_dtype="int8", padding=(2, 2, 2, 2)),
     make_layer((1, 6, 6, 8), (8, 8, 3, 3), (7, 4), dilation=(2, 2), zero_point=77),
+    # With scheme "int8" fewer bits say nothing of what is stored.
+    make_layer((1, 4, 8, 8), (8, 8, 3, 3), (4, 1), scheme="int8", data_dtype="int8", zero_point=-128),
     make_layer((1, 4, 4, 64), (32, 64, 1, 1), (4, 4), padding=(0, 0, 0, 0)),
 ]
 
