@@ -21,7 +21,9 @@ from tvm_compress.schedules import (
     elementwise,
     fp32,
     int8,
+    integer_sites,
     kernel,
+    lookup,
     narrow,
     ops,
     winograd,
@@ -41,6 +43,7 @@ FAMILIES: dict[str, KernelFamily] = {
         int8.FAMILY,
         bitserial.FAMILY,
         narrow.FAMILY,
+        lookup.FAMILY,
         depthwise.FP32,
         depthwise.INT8,
     )
@@ -50,7 +53,7 @@ FAMILIES: dict[str, KernelFamily] = {
 SCHEMES = ("fp32", "int8", "bitserial")
 
 # Families that do the work of another one, whose kernels are all of one kind to a model.
-_KINDS = {"narrow": "int8"} | {
+_KINDS = {"narrow": "int8", "lookup": "bitserial"} | {
     f"{family}_{scheme}": scheme for family in ("winograd", "depthwise") for scheme in ("fp32", "int8")
 }
 
@@ -73,8 +76,8 @@ class KernelInfo:
         Its symbol in the module and the library.
     kind
         "conv2d_fp32", "dense_int8", ... for sites, by what computes them: "_bitserial" where bits are
-        counted, "_int8" where bytes are multiplied, whatever the site's scheme (which is a feature); else
-        "elementwise".
+        counted or look sums up, "_int8" where bytes are multiplied, whatever the site's scheme (which is a
+        feature); else "elementwise".
     count
         Calls in main.
     key
@@ -160,12 +163,9 @@ def _legalize_map(rules: TargetRules) -> dict[str, Callable[[relax.BlockBuilder,
     def bound(legalize: Callable) -> Callable[[relax.BlockBuilder, relax.Call], relax.Expr]:
         return lambda bb, call: legalize(bb, call, rules)
 
-    def integer_site(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-        return FAMILIES[str(call.attrs["scheme"])].legalize(bb, call, rules)
-
     return (
-        {"relax.nn.conv2d": bound(winograd.FP32.legalize), "relax.matmul": bound(fp32.FAMILY.legalize)}
-        | dict.fromkeys(_INTEGER_SITES, integer_site)
+        {"relax.nn.conv2d": bound(winograd.legalize), "relax.matmul": bound(fp32.legalize)}
+        | dict.fromkeys(_INTEGER_SITES, bound(integer_sites.legalize))
         | {ops.PREFIX + name: bound(legalize) for name, legalize in _ELEMENTWISE.items()}
     )
 
@@ -314,7 +314,7 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
     return infos
 
 
-_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow"}
+_BACKENDS = {"popcount": "bitserial", "dot": "int8", "narrow": "narrow", "lookup": "lookup"}
 _SHAPE_FEATURES = ("N", "H", "W", "IC", "OC", "OH", "OW", "KH", "KW", "stride", "groups")
 
 

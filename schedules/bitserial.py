@@ -8,6 +8,7 @@ Weights -1 and +1 are stored as bits u = (w + 1) / 2. For one activation plane p
 popcount(p ^ u): the kernel counts p ^ u, and popcount(u), times the sum of all 2**r1, goes into the bias.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,12 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import int8, narrow, packing
+from tvm_compress.schedules import narrow, packing
 from tvm_compress.schedules.bitpack import pack_activations
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
     choose_tile,
-    divisors,
     parallelize_outputs,
     write_tile,
 )
@@ -31,23 +31,8 @@ from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import MAX_BITSERIAL_BITS, TargetRules
 
 
-def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call of tvm_compress.conv2d or tvm_compress.dense of scheme "bitserial" by a kernel.
-
-    The scheme says which integers are computed, not how: they are the same from counted bits (a packing and a
-    kernel of this family) and from products of bytes, which is taken where counting does not pay.
-
-    Raises
-    ------
-    KernelError
-        Where the layer breaks a rule of TargetRules.bitserial_legal, a width is outside of 1-6 bits, weights
-        are no constants or out of range, activations are not uint8, or the sums may overflow int32.
-    """
-    layer = packing.read_layer(call)
-    check_legal(layer, rules)
-    if not rules.popcount_pays(layer.activation_bits, layer.weight_bits):
-        site = narrow.legalize_layer(bb, call, layer, rules)
-        return int8.legalize(bb, call, rules) if site is None else site
+def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules) -> relax.Expr:
+    """Replace a call that `check_legal` accepts by a packing of its activations and a kernel."""
     dot = bit_dot_for(rules.isa, _operation(layer), layer.out_channels)
     tile = choose_tile(layer.out_size, layer.out_channels // dot.lanes, dot.registers)
     weight = packing.pack_weight_bits(layer.weight, layer.weight_bits, tile.vectors * dot.lanes)
@@ -100,19 +85,13 @@ def _bias(layer: IntegerLayer) -> np.ndarray:
     return bias.astype(np.int32)
 
 
-def split_reduction(kernel_height: int, kernel_width: int, words: int) -> tuple[tuple[int, int], ...]:
+def split_reduction(kernel_height: int, kernel_width: int, words: int) -> narrow.Chunks:
     """Split each of the three reduced extents as (outer, inner), the product of the inner ones <= MAX_STEPS.
 
     The inner ones are counted in 8 bits, so that overflow is impossible by construction.
     """
-    if kernel_height * kernel_width * words <= MAX_STEPS:
-        return (1, kernel_height), (1, kernel_width), (1, words)
-    if kernel_width * words <= MAX_STEPS:
-        return (kernel_height, 1), (1, kernel_width), (1, words)
-    if words <= MAX_STEPS:
-        return (kernel_height, 1), (kernel_width, 1), (1, words)
-    inside = max(d for d in divisors(words) if d <= MAX_STEPS)
-    return (kernel_height, 1), (kernel_width, 1), (words // inside, inside)
+    candidates = narrow.chunk_candidates(kernel_height, kernel_width, words)
+    return next(chunks for chunks in candidates if math.prod(inside for _, inside in chunks) <= MAX_STEPS)
 
 
 def _compute(layer: IntegerLayer, dot: BitDot, tile: Tile) -> Callable[..., te.Tensor]:
@@ -202,4 +181,4 @@ def _schedule_counts(sch: s_tir.Schedule, counts: s_tir.schedule.SBlockRV, ok: A
         sch.unroll(loop)
 
 
-FAMILY = KernelFamily("bitserial", legalize, schedule)
+FAMILY = KernelFamily("bitserial", schedule)

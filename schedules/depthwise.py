@@ -25,7 +25,7 @@ from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV
 
 from tvm_compress.schedules import kernel, packing
-from tvm_compress.schedules.codebook import Weights, read_weights
+from tvm_compress.schedules.codebook import Weights
 from tvm_compress.schedules.depthwise_plan import (
     MOST_UNROLLED,
     Plan,
@@ -35,7 +35,7 @@ from tvm_compress.schedules.depthwise_plan import (
     pack_taps,
 )
 from tvm_compress.schedules.intrin.pairs import pair_dot_for
-from tvm_compress.schedules.kernel import FusedKernel, KernelFamily, conv_geometry, kernel_attrs
+from tvm_compress.schedules.kernel import FusedKernel, KernelFamily, kernel_attrs
 from tvm_compress.schedules.packing import IntegerLayer, round_up
 from tvm_compress.schedules.target_rules import TargetRules
 
@@ -322,13 +322,5 @@ def _fill_strips(sch: s_tir.Schedule, fused: FusedKernel, outer: LoopRV, plan: P
     kernel.cut_at_predicate(sch, columns)
 
 
-def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call of a depthwise convolution, of either operator."""
-    if call.op.name == "relax.nn.conv2d":
-        weight = read_weights(bb, call.args[1], "weights")
-        return legalize_float(bb, call, conv_geometry(call, weight.shape), weight, rules)
-    return legalize_integer(bb, call, packing.read_layer(call), rules)
-
-
-FP32 = KernelFamily("depthwise_fp32", legalize, schedule)
-INT8 = KernelFamily("depthwise_int8", legalize, schedule)
+FP32 = KernelFamily("depthwise_fp32", schedule)
+INT8 = KernelFamily("depthwise_int8", schedule)

@@ -322,4 +322,4 @@ def _write(sch: s_tir.Schedule, fused: FusedKernel, loop: LoopRV, lanes: int, cu
         kernel.cut_at_predicate(sch, vectors)
 
 
-FAMILY = KernelFamily("fp32", legalize, schedule)
+FAMILY = KernelFamily("fp32", schedule)

@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV
 
-from tvm_compress.schedules import depthwise, packing, winograd
+from tvm_compress.schedules import packing
 from tvm_compress.schedules.intrin.dot import Dot, dot_for
 from tvm_compress.schedules.kernel import (
     MIN_PARALLEL_MACS,
@@ -101,20 +101,14 @@ def divisors(value: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, value + 1) if value % d == 0)
 
 
-def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a call of an INT8 kernel.
+def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules) -> relax.Expr:
+    """Replace a call of tvm_compress.conv2d or tvm_compress.dense by a call of the direct INT8 kernel.
 
     Raises
     ------
     KernelError
-        Where weights are no constants or out of range, or the sums may overflow int32.
+        Where the sums may overflow int32.
     """
-    layer = packing.read_layer(call)
-    if depthwise.is_depthwise(layer.groups, layer.in_channels):
-        return depthwise.legalize_integer(bb, call, layer, rules)
-    site = winograd.legalize_layer(bb, call, layer, rules)
-    if site is not None:
-        return site
     dot = dot_for(rules.isa)
     offset = dot.offset(layer.data_dtype)
     packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
@@ -305,4 +299,4 @@ def parallelize_outputs(
     parallelize(sch, sch.fuse(*loops), rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
 
 
-FAMILY = KernelFamily("int8", legalize, schedule)
+FAMILY = KernelFamily("int8", schedule)

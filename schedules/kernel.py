@@ -32,16 +32,12 @@ class KernelFamily:
     ----------
     name
         The value of the block annotation KERNEL; "fp32", "int8" and "bitserial" are also what sites' schemes
-        are called, "narrow" is another way to compute the integers of "bitserial".
-    legalize
-        Replaces a call by `bb.call_te(...)` (or emits what is needed before it); weights are constants.
-        Raises KernelError where the family cannot compute the call.
+        are called, "narrow" and "lookup" are other ways to compute integers.
     schedule
         Schedules the fused PrimFunc in place.
     """
 
     name: str
-    legalize: Callable[[relax.BlockBuilder, relax.Call, TargetRules], relax.Expr]
     schedule: Callable[[s_tir.Schedule, "FusedKernel", TargetRules], None]
 
 

@@ -39,13 +39,10 @@ def load_rows(isa: str, operator: str) -> Sequence[Row]:
     return tuple(rows)
 
 
-def fastest(
-    rows: Sequence[Row],
-    shape: Mapping[str, int],
-    work: Mapping[str, Callable[[int, int], float]],
-    default: str,
-) -> str:
-    """Choose the kernel that costs least by the measured shape that is nearest.
+def costs_at(
+    rows: Sequence[Row], shape: Mapping[str, int], work: Mapping[str, Callable[[int, int], float]]
+) -> dict[str, float]:
+    """Estimate what kernels cost by the measured shape that is nearest.
 
     Parameters
     ----------
@@ -54,21 +51,22 @@ def fastest(
     shape
         "H", "W" (of the output), "IC" and "OC".
     work
-        The kernels to choose from: work of each for an output of H x W, so that what a measured cost was
-        spent on tiles that overhang is judged anew for the shape.
-    default
-        The choice where nothing was measured.
+        The kernels in question: work of each for an output of H x W, so that what a measured cost was spent
+        on tiles that overhang is judged anew for the shape.
+
+    Returns
+    -------
+    Costs by kernel, to be compared with each other only; of those that were measured.
     """
     if not rows:
-        return default
+        return {}
     row = min(rows, key=lambda row: _distance(row, shape))
     size, measured = (shape["H"], shape["W"]), (row["H"], row["W"])
-    costs = {
+    return {
         name: row["costs"][name] * count(*size) / count(*measured)
         for name, count in work.items()
         if name in row["costs"]
     }
-    return min(costs, key=lambda name: costs[name]) if costs else default
 
 
 def _distance(row: Row, shape: Mapping[str, int]) -> float:

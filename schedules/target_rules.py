@@ -39,6 +39,34 @@ _POPCOUNT_BITS = {"avx512vnni": 2, "avx512": 2, "avx2": 2, "x86": 4, "a72": 9, "
 
 
 @dataclass(frozen=True)
+class _LookupCosts:
+    """Multiply-accumulates a cycle of what computes 3x3 convolutions of few bits, beside the epilogue.
+
+    Attributes
+    ----------
+    lookups
+        Of table lookups with weights of 1 bit, by the most activation bits; w bits take w times as long.
+    table
+        Cycles of building tables, for an activation of up to 6 bits; twice that for more.
+    products
+        Of the INT8 kernel.
+    counts
+        Of counting bits, 1 x 1; a x w bits take a * w times as long.
+    """
+
+    lookups: tuple[tuple[int, float], ...]
+    table: float
+    products: float
+    counts: float
+
+
+# Measured on the emulated Cortex-A72 (scripts/bench/lookup.py: 16x16x128, 8x8x256, 4x4x512): what a further
+# bit of weights takes; tables by 1x1 convolutions. Counting is faster with a = 1, INT8 from w = 5, 4 and 3 on
+# (a <= 5, 6, 8), and where a table serves few outputs.
+_LOOKUP = {"a72": _LookupCosts(((5, 35.0), (6, 26.0), (8, 17.5)), table=1.1, products=7.8, counts=56.0)}
+
+
+@dataclass(frozen=True)
 class TargetRules:
     """The facts about a target that the schedules and the policies follow.
 
@@ -81,12 +109,47 @@ class TargetRules:
         """Whether the instruction set is Arm's."""
         return self.isa in ("a72", "neon_dot", "neon")
 
-    def popcount_pays(self, activation_bits: int, weight_bits: int) -> bool:
+    def popcount_pays(self, activation_bits: int, weight_bits: int, speedup: float = 1.0) -> bool:
         """Whether counting bits is faster than multiplying bytes, for a site of scheme "bitserial".
 
         The integers are the same, so this is a question of speed alone; see _POPCOUNT_BITS for the figures.
+        `speedup` says how many times as fast as by the kernel of those figures the products are.
         """
-        return activation_bits * weight_bits <= _POPCOUNT_BITS[self.isa]
+        return activation_bits * weight_bits * speedup <= _POPCOUNT_BITS[self.isa]
+
+    def lookup_cost(self, activation_bits: int, weight_bits: int, reuse: float) -> float | None:
+        """Cycles of a multiply-accumulate of a convolution by table lookup; None where there is no kernel.
+
+        Parameters
+        ----------
+        activation_bits, weight_bits
+            1 to 8 and 1 to 4.
+        reuse
+            Multiply-accumulates of the layer for each of its (padded) activations.
+        """
+        costs = _LOOKUP.get(self.isa)
+        if costs is None:
+            return None
+        rate = next(rate for most, rate in costs.lookups if activation_bits <= most)
+        table = costs.table * (1 if activation_bits <= 6 else 2)
+        return weight_bits / rate + table / reuse
+
+    def lookup_pays(
+        self, activation_bits: int, weight_bits: int, reuse: float, counted: bool, speedup: float = 1.0
+    ) -> bool:
+        """Whether table lookups are faster than multiplying bytes and, if `counted`, than counting bits.
+
+        `speedup` is that of popcount_pays, the other parameters those of `lookup_cost`. The integers are the
+        same.
+        """
+        cost = self.lookup_cost(activation_bits, weight_bits, reuse)
+        if cost is None:
+            return False
+        costs = _LOOKUP[self.isa]
+        others = [1 / (costs.products * speedup)]
+        if counted and self.popcount_pays(activation_bits, weight_bits, speedup):
+            others.append(activation_bits * weight_bits / costs.counts)
+        return cost < min(others)
 
     def bitserial_legal(
         self,

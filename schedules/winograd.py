@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tvm import relax, s_tir, te, tirx
@@ -34,6 +34,8 @@ from tvm_compress.schedules.winograd_algorithm import (
     IntegerAlgorithm,
     pack_weights,
 )
+
+Kind = TypeVar("Kind", bound=Algorithm)
 
 # Bytes in a line of the caches.
 _LINE = 64
@@ -156,8 +158,8 @@ def _memory_cycles(rules: TargetRules, blocks: int, weights: int, data: int) -> 
 
 
 def choose_algorithm(
-    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Algorithm]
-) -> Algorithm | None:
+    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Kind]
+) -> Kind | None:
     """Return the algorithm that is the fastest by the target's table, None for the direct kernel.
 
     Where nothing was measured, or weights are to be compact, the direct kernel is taken: it is never much
@@ -170,13 +172,18 @@ def choose_algorithm(
     algorithms
         Those that may be taken.
     """
-    if rules.compact:
-        return None
+    costs = {} if rules.compact else _costs(info, rules, operator, algorithms)
+    return algorithms.get(min(costs, key=lambda name: costs[name])) if costs else None
+
+
+def _costs(
+    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Algorithm]
+) -> dict[str, float]:
+    """What "direct" and each algorithm cost by the target's table; nothing where it has none."""
     work: dict[str, Callable[[int, int], float]] = {"direct": lambda height, width: 9.0 * height * width}
     work |= {name: partial(_multiplications, algorithm) for name, algorithm in algorithms.items()}
     shape = {"H": info["OH"], "W": info["OW"], "IC": info["IC"], "OC": info["OC"]}
-    rows = kernel_tables.load_rows(rules.isa, operator)
-    return algorithms.get(kernel_tables.fastest(rows, shape, work, "direct"))
+    return kernel_tables.costs_at(kernel_tables.load_rows(rules.isa, operator), shape, work)
 
 
 def _multiplications(algorithm: Algorithm, height: int, width: int) -> float:
@@ -217,23 +224,39 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     )  # fmt: skip
 
 
-def legalize_layer(
-    bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
-) -> relax.Expr | None:
-    """Replace tvm_compress.conv2d by a Winograd kernel, or return None where the direct one serves better.
+def speedup(layer: IntegerLayer, rules: TargetRules) -> float:
+    """How many times as fast as the direct INT8 kernel the chosen one is by the target's table, from 1 on."""
+    info = _integer_info(layer)
+    algorithm = _choose_integer(layer, info, rules)
+    costs = _costs(info, rules, "conv2d_int8", INTEGER_ALGORITHMS) if algorithm else {}
+    return costs["direct"] / costs[algorithm.name] if algorithm and algorithm.name in costs else 1.0
 
-    An algorithm may be taken where the weights prove that its results fit (IntegerAlgorithm.bits).
-    """
-    info = kernel.conv_geometry(call, layer.weight.shape) | layer.info() if layer.operator == "conv2d" else {}
-    if not info or not applies(info):
+
+def _integer_info(layer: IntegerLayer) -> dict[str, Any]:
+    return layer.info() | {
+        "strides": list(layer.strides), "dilation": list(layer.dilation), "padding": list(layer.padding),
+    }  # fmt: skip
+
+
+def _choose_integer(layer: IntegerLayer, info: dict[str, Any], rules: TargetRules) -> IntegerAlgorithm | None:
+    """Choose among the algorithms that the weights prove to fit (IntegerAlgorithm.bits)."""
+    if layer.operator != "conv2d" or not applies(info):
         return None
     low, high = packing.DATA_RANGES[layer.data_dtype]
     largest = int(np.abs(layer.weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()) * max(-low, high)
     fitting = {
         name: algorithm for name, algorithm in INTEGER_ALGORITHMS.items() if largest < 1 << algorithm.bits
     }
-    algorithm = choose_algorithm(info, rules, "conv2d_int8", fitting)
-    if not isinstance(algorithm, IntegerAlgorithm):
+    return choose_algorithm(info, rules, "conv2d_int8", fitting)
+
+
+def legalize_layer(
+    bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
+) -> relax.Expr | None:
+    """Replace tvm_compress.conv2d by a Winograd kernel, or return None where the direct one serves better."""
+    info = _integer_info(layer)
+    algorithm = _choose_integer(layer, info, rules)
+    if algorithm is None:
         return None
     numbers = integers(rules)
     info |= _plan(rules, info, algorithm, numbers)
@@ -246,13 +269,6 @@ def legalize_layer(
         compute, call.args[0], relax.const(packed), relax.const(packing.fold_bias(layer)),
         primfunc_name_hint="conv2d_int8_winograd", primfunc_attrs={"op_pattern": 4},
     )  # fmt: skip
-
-
-def legalize_integer(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace a call that has an integer Winograd kernel, which is asserted."""
-    result = legalize_layer(bb, call, packing.read_layer(call), rules)
-    assert result is not None
-    return result
 
 
 def _plan(rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers) -> dict[str, Any]:
@@ -470,5 +486,5 @@ def _schedule_input(sch: s_tir.Schedule, stages: dict[str, SBlockRV], chunk: Loo
     return tile
 
 
-FP32 = KernelFamily("winograd_fp32", legalize, schedule)
-INT8 = KernelFamily("winograd_int8", legalize_integer, schedule)
+FP32 = KernelFamily("winograd_fp32", schedule)
+INT8 = KernelFamily("winograd_int8", schedule)

@@ -28,6 +28,11 @@ def table(name: str, figures: str = "docs/figures") -> str:
             f"| {figure['id']}{note} | {figure['value']:.4g} {figure['unit']} | "
             f"{figure['comparison']} {figure['goal']:g} | {'yes' if figure['met'] else 'no'} |"
         )
+    for part in result["data"]:
+        if "table" in part:
+            head, *body = part["table"]
+            rows = [head, ["---"] * len(head), *body]
+            lines += ["", *(f"| {' | '.join(row)} |" for row in rows)]
     machine = result["machine"]
     seeds = result["settings"].get("seeds")
     command = f"python scripts/bench/{name}.py" + (f" --seeds {seeds}" if seeds else "")

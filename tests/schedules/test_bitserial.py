@@ -24,8 +24,9 @@ A72 = "raspberry-pi/4b-aarch64"
 
 @pytest.fixture(autouse=True, scope="module")
 def count_always() -> Iterator[None]:
-    """Count bits even where products of bytes are faster (test_narrow.py tests those)."""
+    """Count bits even where something else is faster (test_narrow.py and test_lookup.py test that)."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_rules, "_LOOKUP", {})
         patch.setattr(target_rules, "_POPCOUNT_BITS", dict.fromkeys(target_rules._POPCOUNT_BITS, 36))
         yield
 

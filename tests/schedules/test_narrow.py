@@ -158,7 +158,7 @@ def test_weights_that_overflow_a_step_have_no_chunks() -> None:
         (SKYLAKE_X, (4, 4), ("conv2d_int8", 1, 0, 1)),
         (CASCADE_LAKE, (4, 4), ("conv2d_int8", 1, 0, 0)),
         (A72, (4, 4), ("conv2d_int8", 1, 0, 0)),
-        (A72, (4, 2), ("conv2d_bitserial", 1, 1, 0)),
+        (A72, (1, 2), ("conv2d_bitserial", 1, 1, 0)),
     ],
 )
 def test_the_fastest_backend_computes_a_scheme(

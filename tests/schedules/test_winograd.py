@@ -263,17 +263,19 @@ def test_the_tables_choose_what_was_measured_as_fastest(name: str) -> None:
     assert chosen == {"direct", *ALGORITHMS}
 
 
-def test_overhanging_tiles_count_in_the_choice() -> None:
+def test_overhanging_tiles_count_in_the_costs() -> None:
     rows = [{"H": 8, "W": 8, "IC": 16, "OC": 16, "costs": {"direct": 10.0, "F4": 6.0}}]
     work = {
         "direct": lambda h, w: float(h * w),
         "F4": lambda h, w: 16.0 * -(-h // 4) * -(-w // 4),
+        "F2": lambda h, w: 1.0,
     }
     shape = {"IC": 16, "OC": 16}
-    assert kernel_tables.fastest(rows, {"H": 8, "W": 8, **shape}, work, "direct") == "F4"
+    assert kernel_tables.costs_at(rows, {"H": 8, "W": 8, **shape}, work) == {"direct": 10.0, "F4": 6.0}
     # 4 tiles of 16 for 25 outputs.
-    assert kernel_tables.fastest(rows, {"H": 5, "W": 5, **shape}, work, "direct") == "direct"
-    assert kernel_tables.fastest([], {"H": 8, "W": 8, **shape}, work, "direct") == "direct"
+    costs = kernel_tables.costs_at(rows, {"H": 5, "W": 5, **shape}, work)
+    assert costs == {"direct": 10.0 * 25 / 64, "F4": 6.0}
+    assert kernel_tables.costs_at([], {"H": 8, "W": 8, **shape}, work) == {}
 
 
 def test_targets_without_a_table_get_the_direct_kernel() -> None:

@@ -71,6 +71,7 @@ SHAPE = (
     "backend_narrow",
     "backend_depthwise",
     "backend_winograd",
+    "backend_lookup",
 )
 
 # Of the analytic cost: what the work consists of.
