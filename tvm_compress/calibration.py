@@ -96,6 +96,15 @@ class RangeReport:
     high: float
     clipped: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return vars(self) | {"sites": list(self.sites)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RangeReport":
+        """Make the report that `to_dict` gave."""
+        return cls(**{**values, "sites": tuple(values["sites"])})
+
 
 class Calibration:
     """What the inputs of a module's sites were seen to be.

@@ -289,7 +289,7 @@ def test_damaged_file(tmp_path: Path) -> None:
         load_model(path)
 
 
-SPELLINGS = {
+SPELLINGS: dict[str, list[tuple[Any, ...]]] = {
     "operator": [("HardSwish", ["a"], "b", {})],
     "hard-sigmoid": [
         ("HardSigmoid", ["a"], "s", {"alpha": 1 / 6, "beta": 0.5}),
