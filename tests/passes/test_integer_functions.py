@@ -203,6 +203,21 @@ def test_a_float_layer_before_hard_swish_is_computed_once():
     np.testing.assert_allclose(Twin(integer).predict(x), Twin(qdq).predict(x), atol=1e-4)
 
 
+def test_a_large_bias_beside_a_tiny_input_leaves_room_for_the_kernel():
+    """As in a squeeze-and-excite whose average is nearly 0."""
+
+    def network(net, x):
+        gate = net.emit(op.mean(net.conv(x, "a", 128), [1, 2], keepdims=True))
+        return net.conv(gate, "b", 8, kernel=1, padding=0, bias=True)
+
+    module = Net((1, 3, 8, 8)).module(network)
+    ranges = Ranges({"b": (-1e-6, 2e-6)})
+    passes = [AnnotateQuantization(policy(a=INT8, b=INT8), ranges), InsertQDQ(), RealizeInteger()]
+    integer = tvm.transform.Sequential(passes)(module)
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    assert_compiled(integer, x, Twin(integer).predict(x))
+
+
 def assert_compiled(integer, x, expected, exact: bool = True):
     """Compare what the host's library computes with the twin's result."""
     machine = relax.VirtualMachine(build(integer, "host").executable, tvm.cpu())
