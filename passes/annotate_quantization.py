@@ -11,6 +11,7 @@ from tvm import IRModule, relax
 
 from tvm_compress.errors import ModelError, PolicyError
 from tvm_compress.passes.graph import bindings, operator, tensors
+from tvm_compress.passes.integer_points import needed_points
 from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import parameter_vars, require_stage, with_main, with_stage
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
@@ -18,13 +19,14 @@ from tvm_compress.passes.quantization import QuantizationParameters, activation_
 from tvm_compress.passes.sites import site_name
 
 QUANTIZATION = "tvm_compress.quantization"
+VERSION = 2
 
 
 class ActivationRanges(Protocol):
     """The part of `tvm_compress.calibration.Calibration` that the pass needs."""
 
     def range(self, site: str, bits: int) -> tuple[float, float]:
-        """Give the range (low, high) of a site's input tensor, to be held with so many bits."""
+        """Give the range (low, high) of a site's input (or an integer point), held with so many bits."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class AnnotateQuantization(ModulePass):
 
     A tensor with a quantized consumer is quantized once for all its consumers: with 8 bits, or with fewer if
     all of them are bit-serial sites of the same activation bits; a site that wants fewer bits than what is
-    stored quantizes the stored value a second time.
+    stored quantizes the stored value a second time. What functions (hard-swish) and products (squeeze-and-
+    excite) read between quantized sites is held with 8 bits, see `find_integer_points`; where it was never
+    anything but 0, they are computed in float.
 
     Parameters
     ----------
@@ -108,7 +112,12 @@ class AnnotateQuantization(ModulePass):
         decided: dict[str, SiteQuantization] = {}
         for tensor, readers in by_tensor.items():
             decided |= self._decide(readers, uses[tensor])
-        text = quantization_to_json(decided)
+        others = {
+            point.name: self._parameters(point.name, 8)
+            for point in needed_points(function, {call.name for call in quantized})
+            if point.tensor not in by_tensor and any(self.calibration.range(point.name, 8))
+        }
+        text = quantization_to_json(decided, others)
         return with_stage(with_main(module, function.with_attr(QUANTIZATION, text)), "annotated")
 
     def _decide(self, readers: list[SiteCall], consumers: int) -> dict[str, SiteQuantization]:
@@ -169,8 +178,10 @@ def count_uses(function: relax.Function) -> Counter[relax.Expr]:
     return counts
 
 
-def quantization_to_json(sites: Mapping[str, SiteQuantization]) -> str:
-    """Write the attribute's text: same decisions, same text."""
+def quantization_to_json(
+    sites: Mapping[str, SiteQuantization], tensors: Mapping[str, QuantizationParameters]
+) -> str:
+    """Write the attribute's text: same decisions, same text. `tensors` are integer points by their names."""
 
     def row(site: SiteQuantization) -> dict[str, Any]:
         held = {"stored": site.stored, "input": site.input}
@@ -181,32 +192,45 @@ def quantization_to_json(sites: Mapping[str, SiteQuantization]) -> str:
             **{name: None if value is None else value.to_dict() for name, value in held.items()},
         }
 
-    return json.dumps(
-        {"version": 1, "sites": {name: row(site) for name, site in sites.items()}}, sort_keys=True
-    )
+    values = {
+        "version": VERSION,
+        "sites": {name: row(site) for name, site in sites.items()},
+        "tensors": {name: held.to_dict() for name, held in tensors.items()},
+    }
+    return json.dumps(values, sort_keys=True)
 
 
-def quantization_of(module: IRModule) -> dict[str, SiteQuantization]:
-    """Read the attribute of an annotated or QDQ module.
-
-    Raises
-    ------
-    ModelError
-        If the module has none, or one of another version.
-    """
+def _read(module: IRModule) -> dict[str, Any]:
     attrs = module["main"].attrs
     if attrs is None or QUANTIZATION not in attrs:
         raise ModelError(f"The module has no attribute {QUANTIZATION!r}.", "Run AnnotateQuantization first.")
     values = json.loads(str(attrs[QUANTIZATION]))
-    if values.get("version") != 1:
+    if values.get("version") != VERSION:
         raise ModelError(
-            f"The attribute {QUANTIZATION!r} has version {values.get('version')!r}, this tool reads 1."
+            f"The attribute {QUANTIZATION!r} has version {values.get('version')!r}, "
+            f"this tool reads {VERSION}."
         )
+    return values
+
+
+def quantization_of(module: IRModule) -> dict[str, SiteQuantization]:
+    """Read how the sites of an annotated or QDQ module are quantized.
+
+    Raises
+    ------
+    ModelError
+        If the module has no such attribute, or one of another version.
+    """
 
     def held(value: dict[str, Any] | None) -> QuantizationParameters | None:
         return None if value is None else QuantizationParameters(**value)
 
     return {
         name: SiteQuantization(**{**row, "stored": held(row["stored"]), "input": held(row["input"])})
-        for name, row in values["sites"].items()
+        for name, row in _read(module)["sites"].items()
     }
+
+
+def quantized_tensors(module: IRModule) -> dict[str, QuantizationParameters]:
+    """Read how the integer points of an annotated or QDQ module are held, by name; raises as above."""
+    return {name: QuantizationParameters(**row) for name, row in _read(module)["tensors"].items()}

@@ -10,9 +10,11 @@ from tvm_compress.errors import ModelError
 from tvm_compress.passes.annotate_quantization import (
     SiteCall,
     quantization_of,
+    quantized_tensors,
     site_calls,
 )
 from tvm_compress.passes.graph import bindings, substitute
+from tvm_compress.passes.integer_points import find_integer_points
 from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import get_params, require_stage, with_main, with_stage, with_values
 from tvm_compress.passes.quantization import QuantizationParameters, weight_limit, weight_scale
@@ -28,8 +30,9 @@ class InsertQDQ(ModulePass):
     """Insert quantize -> clip -> dequantize for the quantized sites' inputs and weights: annotated -> qdq.
 
     New parameters, after all others: `SITE.weight_scale` (float32 [O]), `SITE.input_scale` and
-    `SITE.stored_scale` (float32 []). Every consumer of a quantized tensor reads the dequantized value. Batch
-    norm stays unfolded, fp32 sites' weights stay as they are.
+    `SITE.stored_scale` (float32 []), and `SITE.output_scale` (float32 []) of the integer points. Every
+    consumer of a quantized tensor reads the dequantized value. Batch norm stays unfolded, fp32 sites' weights
+    stay as they are.
 
     Raises
     ------
@@ -84,6 +87,10 @@ class _Inserter:
                     self.shared[call.tensor] = view
             if site.stored is not None:
                 self.shared[call.tensor] = self._view(call.name + STORED_SCALE, site.stored)
+        held = quantized_tensors(module)
+        for point in find_integer_points(self.function):
+            if point.name in held:
+                self.shared[point.tensor] = self._view(f"{point.name}_scale", held[point.name])
         self.builder = relax.BlockBuilder()
         # Variable of the old function -> what stands for it in the new one.
         self.replaced: dict[relax.Var, relax.Expr] = {}

@@ -14,6 +14,10 @@ _BIAS_TO_SUM = 2**11
 # ... but biases up to here are always fine: their requantization error is far below one step.
 _SMALL_BIAS = 2**24
 
+# What kernels take: they multiply the stored integers, whose sums may be twice those less the zero point, and
+# add the rest with the bias.
+_KERNEL_MAX = INT32_MAX // 2
+
 # Floats are taken to need so many steps up to the largest sum, which real sums stay far below.
 _FLOAT_STEPS = 2**14
 
@@ -99,7 +103,9 @@ def fold_integer_layer(
         fraction_bits = _fraction_bits(float(scale.max()), largest, output_scale)
     sums = sums << fraction_bits
     scale = scale / 2**fraction_bits
-    largest_bias = np.minimum(np.maximum(sums * _BIAS_TO_SUM, _SMALL_BIAS), INT32_MAX - 1 - sums)
+    room = np.maximum(_KERNEL_MAX - 2 * sums, _SMALL_BIAS)
+    largest_bias = np.minimum(np.maximum(sums * _BIAS_TO_SUM, _SMALL_BIAS), room)
+    largest_bias = np.minimum(largest_bias, INT32_MAX - 1 - sums)
     coarser = np.maximum(np.abs(shift) / largest_bias, DEAD_SCALE * DEAD_SCALE)
     ratio = np.minimum(scale / coarser, 1.0)
     if bits > 1:

@@ -9,10 +9,22 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_compress.errors import ModelError
-from tvm_compress.passes.annotate_quantization import QUANTIZATION
+from tvm_compress.passes.annotate_quantization import QUANTIZATION, count_uses
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import with_args
-from tvm_compress.passes.integer_values import Clamp, Float, Layer, Mean, Moved, Quantized, Sum, Value, Writer
+from tvm_compress.passes.integer_functions import COMPUTED, function_of
+from tvm_compress.passes.integer_values import (
+    Clamp,
+    Float,
+    Layer,
+    Mean,
+    Moved,
+    Product,
+    Quantized,
+    Sum,
+    Value,
+)
+from tvm_compress.passes.integer_writer import Writer
 from tvm_compress.passes.module_pass import ModulePass
 from tvm_compress.passes.params import get_params, num_inputs, require_stage, with_main, with_stage
 from tvm_compress.passes.quantization import QuantizationParameters, quantize_weights, weight_limit
@@ -92,7 +104,8 @@ class _Realizer:
         self.builder = relax.BlockBuilder()
         self.writer = Writer(self.builder)
         self.values: dict[relax.Var, Value] = {}
-        self.handlers = {
+        self.uses = count_uses(self.function)
+        self.handlers = dict.fromkeys(COMPUTED, self._function) | {
             "relax.quantize": self._quantize,
             "tvm_compress.binarize": self._binarize,
             "relax.dequantize": self._dequantize,
@@ -101,10 +114,12 @@ class _Realizer:
             "relax.nn.conv2d": self._layer,
             "relax.matmul": self._layer,
             "relax.add": self._add,
+            "relax.multiply": self._multiply,
             "relax.nn.batch_norm": self._batch_norm,
             "relax.mean": self._mean,
             "relax.permute_dims": self._move,
             "relax.reshape": self._move,
+            "relax.expand_dims": self._move,
             "relax.nn.max_pool2d": self._move,
             "relax.nn.batch_flatten": self._move,
             "relax.concat": self._concat,
@@ -237,15 +252,38 @@ class _Realizer:
         unit = np.ones(channels), np.zeros(channels)
         return Layer(site_name(weight.name), call, x, values, weight.scale, weight.bits, *unit)
 
+    def _function(self, call: relax.Call) -> Value | None:
+        operands: list[Value | np.ndarray] = []
+        for arg in call.args:
+            value = self._value(arg)
+            if isinstance(value, _Parameter):
+                if value.array.size != 1:
+                    return None
+                operands.append(value.real().reshape(()))
+            else:
+                operands.append(value)
+        return function_of(call, operands)
+
+    def _multiply(self, call: relax.Call) -> Value | None:
+        a, b = (self._value(arg) for arg in call.args)
+        if isinstance(a, Quantized) and isinstance(b, Quantized) and a is not b:
+            return Product(a, b)
+        return self._function(call)
+
     def _add(self, call: relax.Call) -> Value | None:
+        function = self._function(call)
+        if function is not None:
+            return function
         a, b = (self._value(arg) for arg in call.args)
         if isinstance(a, _Parameter):
             a, b = b, a
         if isinstance(b, _Parameter):
             bias = b.real()
-            # One number per channel, the last axis (or a single number).
+            # One number per channel, the last axis (or a single number). A layer that is read by something
+            # else too would be computed twice.
             if (
                 isinstance(a, Layer)
+                and self._is_read_once(call, a)
                 and bias.size in (1, *bias.shape[-1:])
                 and bias.size in (1, a.factor.size)
             ):
@@ -256,6 +294,9 @@ class _Realizer:
             return None
         terms = [term for value in (a, b) for term in (value.terms if isinstance(value, Sum) else (value,))]
         return Sum(tuple(terms))
+
+    def _is_read_once(self, call: relax.Call, value: Value) -> bool:
+        return all(self.uses[arg] == 1 for arg in call.args if self.values.get(arg) is value)
 
     def _batch_norm(self, call: relax.Call) -> Value | None:
         x = self._value(call.args[0])
@@ -281,7 +322,7 @@ class _Realizer:
     def _mean(self, call: relax.Call) -> Value | None:
         x, shape = self._value(call.args[0]), call.args[0].ty.shape
         axes = [int(axis) for axis in call.attrs["axis"] or []]
-        if isinstance(x, _Parameter) or axes != [1, 2] or call.attrs["keepdims"] or len(shape) != 4:
+        if isinstance(x, _Parameter) or axes != [1, 2] or len(shape) != 4:
             return None
         return Mean(x, int(shape[1]) * int(shape[2]), call)
 

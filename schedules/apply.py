@@ -61,6 +61,7 @@ _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], 
     "quantize": elementwise.legalize_quantize,
     "dequantize": elementwise.legalize_dequantize,
     "requantize": elementwise.legalize_requantize,
+    "table": elementwise.legalize_table,
 }
 _FP32_SITES = ("relax.nn.conv2d", "relax.matmul")
 _INTEGER_SITES = ("tvm_compress.conv2d", "tvm_compress.dense")

@@ -18,6 +18,9 @@ requantize(x: int32, multiplier: int32 [C] or [1])
     product in 64 bits, the last axis of x being C. dtype may be int32, for the sides of a residual addition.
     An optional attribute `bound` states that |x| never exceeds it, as whoever wrote the call has proven; with
     it kernels may find that 32 bits hold all products. It changes no result.
+table(x: int8 | uint8, values: int8 | uint8 | int32 [256]) -> integers of the values' type, the shape of x
+    `values[x - lowest]`, lowest being the smallest number of x's type: any function of one number, such as
+    hard-swish.
 binarize(w: float32)
     int8 +1 where w >= 0, else -1 (stands only in QDQ modules, before weights are realised).
 lookup(indices: uint8, codebook: float32 [R, K]) -> float32, the shape of the indices
@@ -82,6 +85,10 @@ def _infer_lookup(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
     return relax.TensorType(call.args[0].ty.shape, "float32")
 
 
+def _infer_table(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
+    return relax.TensorType(call.args[0].ty.shape, str(call.args[1].ty.dtype))
+
+
 # Name -> (number of arguments, how the result's type follows from the call).
 _OPERATORS: dict[str, tuple[int, Callable]] = {
     "quantize": (1, _infer_cast(None)),
@@ -89,6 +96,7 @@ _OPERATORS: dict[str, tuple[int, Callable]] = {
     "conv2d": (3, _infer_conv2d),
     "dense": (3, _infer_dense),
     "requantize": (2, _infer_cast(None)),
+    "table": (2, _infer_table),
     "binarize": (1, _infer_cast("int8")),
     "lookup": (2, _infer_lookup),
 }

@@ -51,6 +51,11 @@ def requantize(
     return np.clip(np.sign(product) * magnitude + zero_point, qmin, qmax).astype(dtype)
 
 
+def table(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return `values` [256] at x, int8 or uint8, counted from the smallest number of its type."""
+    return values[x.astype(np.int64) - np.iinfo(x.dtype).min]
+
+
 def binarize(w: np.ndarray) -> np.ndarray:
     """Return +1 where w >= 0, else -1, as int8."""
     return np.where(w >= 0, 1, -1).astype(np.int8)

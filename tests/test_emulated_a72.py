@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from tests.passes.torch_networks import Gated, example
+from tvm_compress.calibration import calibrate
 from tvm_compress.cli.main import main
 from tvm_compress.compression import compile_model, compress_model, uniform_policy
 from tvm_compress.compressor import realize
 from tvm_compress.model import Model
+from tvm_compress.passes.pipeline import build, compress
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.passes.sites import find_sites
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
 from tvm_compress.rpc.emulated_a72 import EmulatedA72
@@ -114,6 +119,19 @@ def test_networks_compute_the_twins_integers(sample: Model, tmp_path: Path, bits
     for device, target in (("local", "host"), ("emulated-a72", RPI4)):
         artifact = compile_model(model, target, tmp_path / device)
         np.testing.assert_array_equal(artifact.predict(images, open_device(device)), twin)
+
+
+def test_hard_swish_and_squeeze_and_excite_are_the_twins_integers(tmp_path: Path) -> None:
+    """Tables, products and gated averages: the logits of a MobileNetV3 block, to the bit."""
+    module = example(Gated()).module
+    x = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
+    site = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
+    policy = CompressionPolicy(sites={each.name: site for each in find_sites(module)})
+    integer = realize(compress(module, policy, calibration=calibrate(module, x)))
+    library = build(integer, RPI4).export(tmp_path / "k.so", export_fcompile("aarch64-linux-gnu"))
+    with open_device("emulated-a72").open() as session:
+        found = [session.run(library, [one[None]])[0] for one in x]
+    np.testing.assert_array_equal(np.concatenate(found), Twin(integer).predict(x))
 
 
 def test_float_network_and_its_cycles(sample: Model, tmp_path: Path) -> None:

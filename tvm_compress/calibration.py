@@ -13,6 +13,7 @@ import tvm
 
 from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.files import write_text
+from tvm_compress.passes.integer_points import find_integer_points
 from tvm_compress.twin import Twin
 
 METHODS = ("mse", "kl", "minmax", "percentile", "moving_average")
@@ -94,6 +95,15 @@ class RangeReport:
     low: float
     high: float
     clipped: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return vars(self) | {"sites": list(self.sites)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RangeReport":
+        """Make the report that `to_dict` gave."""
+        return cls(**{**values, "sites": tuple(values["sites"])})
 
 
 class Calibration:
@@ -211,6 +221,8 @@ class Calibration:
 def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_size: int = 256) -> Calibration:
     """Run `x` [N, C, H, W] (normalised) through a float module and observe the inputs of its sites.
 
+    So it does with what functions and products between them read, see `passes.integer_points`.
+
     Memory does not grow with N: a first pass finds each tensor's bounds, a second counts a histogram between
     them ("minmax" needs the first only).
 
@@ -228,7 +240,8 @@ def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_si
     twin = Twin(module)
     if twin.stage not in ("float", "annotated"):
         raise ModelError(f"Calibration takes a float module, not one of stage {twin.stage!r}.")
-    bounds = _observe_bounds(twin, x, method, batch_size)
+    others = {point.name: point.tensor for point in find_integer_points(module["main"])}
+    bounds = _observe_bounds(twin, x, others, method, batch_size)
     counts = {sites: np.zeros(0 if method == "minmax" else BINS, np.int64) for sites in bounds}
     values = dict.fromkeys(bounds, 0)
 
@@ -239,13 +252,13 @@ def calibrate(module: tvm.IRModule, x: np.ndarray, method: str = "mse", batch_si
             counts[sites] += torch.histc(value, BINS, low, high).numpy().astype(np.int64)
 
     if method != "minmax":
-        twin.site_inputs(x, callback=count, batch_size=batch_size)
+        twin.site_inputs(x, callback=count, batch_size=batch_size, others=others)
     observed = [(s, Observation(*bounds[s], counts[s], values[s])) for s in bounds]
     return Calibration(method, observed)
 
 
 def _observe_bounds(
-    twin: Twin, x: np.ndarray, method: str, batch_size: int
+    twin: Twin, x: np.ndarray, others: Mapping[str, tvm.relax.Var], method: str, batch_size: int
 ) -> dict[tuple[str, ...], tuple[float, float]]:
     bounds: dict[tuple[str, ...], tuple[float, float]] = {}
 
@@ -264,7 +277,7 @@ def _observe_bounds(
                 low, high = min(old[0], low), max(old[1], high)
         bounds[sites] = low, high
 
-    twin.site_inputs(x, callback=observe, batch_size=batch_size)
+    twin.site_inputs(x, callback=observe, batch_size=batch_size, others=others)
     return bounds
 
 

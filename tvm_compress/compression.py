@@ -1,7 +1,7 @@
 """Applies a policy to a model and builds models, without searching: what `compress` and `compile` do."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,22 +142,22 @@ def compress_model(
         progress=progress,
     )
     candidate = Compressor(model.module, x, scores, post_training).apply(policy, training)
-    compressed = compressed_model(model, candidate.policy, candidate.module)
-    ranges = [vars(row) | {"sites": list(row.sites)} for row in candidate.ranges]
-    return (
-        replace(compressed, metadata={**compressed.metadata, "calibration": ranges}) if ranges else compressed
-    )
+    return compressed_model(model, candidate.policy, candidate.module, candidate.ranges)
 
 
-def compressed_model(dense: Model, policy: CompressionPolicy, module: tvm.IRModule) -> Model:
-    """Model of a compressed module, with the policy that made it in its metadata."""
-    return replace(dense, module=module, metadata={**dense.metadata, "policy": policy.to_json()})
+def compressed_model(
+    dense: Model, policy: CompressionPolicy, module: tvm.IRModule, ranges: Sequence[RangeReport] = ()
+) -> Model:
+    """Model of a compressed module, with the policy that made it and its calibration in its metadata."""
+    metadata = {**dense.metadata, "policy": policy.to_json()}
+    if ranges:
+        metadata["calibration"] = [row.to_dict() for row in ranges]
+    return replace(dense, module=module, metadata=metadata)
 
 
 def model_ranges(model: Model) -> list[RangeReport]:
     """Calibrated ranges of a model's quantized activations; none where it has none."""
-    kept = model.metadata.get("calibration", ())
-    return [RangeReport(**row | {"sites": tuple(row["sites"])}) for row in kept]
+    return [RangeReport.from_dict(row) for row in model.metadata.get("calibration", ())]
 
 
 def model_policy(model: Model) -> CompressionPolicy | None:

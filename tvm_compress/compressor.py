@@ -13,6 +13,7 @@ from tvm_compress.calibration import Calibration, RangeReport, calibrate
 from tvm_compress.data.dataset import Dataset
 from tvm_compress.errors import SettingError
 from tvm_compress.finetune import finetune
+from tvm_compress.passes.annotate_quantization import quantized_tensors
 from tvm_compress.passes.equalize_channels import EqualizeChannels
 from tvm_compress.passes.params import get_stage
 from tvm_compress.passes.pipeline import compress
@@ -185,7 +186,9 @@ class Compressor:
         module = round_weights(module, weight_bits, self._x, how.weight_rounding)
         if how.bias_correction:
             module = correct_biases(module, source, self._x)
-        ranges = calibration.report({name: site.activation_bits for name, site in sites.items()})
+        bits = {name: site.activation_bits for name, site in sites.items()}
+        bits |= dict.fromkeys(quantized_tensors(module), 8)
+        ranges = calibration.report(bits)
         return module, tuple(ranges)
 
     def apply(self, policy: CompressionPolicy, training: Training | None = None) -> Candidate:

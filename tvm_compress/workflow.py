@@ -123,7 +123,7 @@ def run_study(
     # Before the search, so that a target that cannot be verified here costs no time.
     devices = {target: device_for(target, settings) for target in wanted}
     search = run_search(model, split, settings, path, progress, curvature)
-    best = compressed_model(model, search.best.policy, search.best.module)
+    best = compressed_model(model, search.best.policy, search.best.module, search.best.ranges)
     best.save(path / "compressed")
     search.best.policy.save(path / "policy.json")
     built = []
@@ -221,6 +221,7 @@ def _report_data(
         sites=site_bars(model, search),
         sensitivity=search.sensitivity,
         pareto=[t.episode for t in search.pareto],
+        ranges=search.best.ranges,
         chosen=search.best.episode,
         agreement={b.best.path.name: float(b.best_check.agreement or 0.0) for b in built},
         settings={key: str(value) for key, value in settings.to_dict().items()}

@@ -6,7 +6,7 @@ import pytest
 import tvm
 from tvm.relax.ir.instrument import WellFormedInstrument
 
-from tests.passes.torch_networks import Branches, Example, Residual, Sequential, example
+from tests.passes.torch_networks import Branches, Example, Gated, Residual, Sequential, example
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +28,8 @@ def residual() -> Example:
 @pytest.fixture(scope="session")
 def branches() -> Example:
     return example(Branches())
+
+
+@pytest.fixture(scope="session")
+def gated() -> Example:
+    return example(Gated())

@@ -110,7 +110,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.nn.batch_flatten": lambda x, _: x.reshape(x.shape[0], -1),
     "relax.concat": lambda parts, a: np.concatenate(parts, axis=int(a["axis"])),
     "relax.mean": lambda x, a: x.mean(axis=tuple(int(v) for v in a["axis"]), keepdims=bool(a["keepdims"])),
-    "relax.sum": lambda x, a: check_int32(x.sum(axis=tuple(int(v) for v in a["axis"]), dtype=np.int64)),
+    "relax.divide": lambda x, y, _: x / y,
+    "relax.tanh": lambda x, _: np.tanh(x),
+    "relax.nn.silu": lambda x, _: x / (1 + np.exp(-x)),
+    "relax.sum": lambda x, a: check_int32(
+        x.sum(axis=tuple(int(v) for v in a["axis"]), keepdims=bool(a["keepdims"]), dtype=np.int64)
+    ),
     "relax.astype": lambda x, a: x.astype(str(a["dtype"])),
     "relax.quantize": quantize,
     "relax.dequantize": dequantize,
@@ -118,6 +123,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "tvm_compress.quantize": integers_quantize,
     "tvm_compress.dequantize": lambda x, s, a: (x.astype(np.float64) - a["zero_point"]) * s,
     "tvm_compress.requantize": requantize,
+    "tvm_compress.table": lambda x, values, _: values[x.astype(int) - np.iinfo(x.dtype).min],
     "tvm_compress.conv2d": integer_conv2d,
     "tvm_compress.dense": integer_dense,
 }

@@ -70,7 +70,7 @@ def test_the_attribute_is_deterministic_json():
     texts = [str(annotate(sequential(), sites)["main"].attrs[QUANTIZATION]) for _ in range(2)]
     assert texts[0] == texts[1]
     values = json.loads(texts[0])
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert json.dumps(values, sort_keys=True) == texts[0]
     assert values["sites"]["conv2"]["weight_bits"] == 2
     assert values["sites"]["conv2"]["input"]["zero_point"] == 0

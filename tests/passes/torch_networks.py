@@ -1,6 +1,7 @@
 """Small torch networks, and what the tests of the passes do with them."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,30 @@ class Branches(nn.Module):
         c = nn.functional.silu(torch.cat([a, b, self.side(x)], 1))
         c = nn.functional.adaptive_avg_pool2d(c, (1, 1)).squeeze(-1).squeeze(-1)
         return torch.softmax(self.fc_bn(self.fc(c)), 1)
+
+
+class Gated(nn.Module):
+    """Blocks of MobileNetV3: hard-swish around depthwise layers, squeeze-and-excite; (3, 8, 8) to 5."""
+
+    def __init__(self, gate: Callable[[torch.Tensor], torch.Tensor] = nn.functional.hardsigmoid) -> None:
+        super().__init__()
+        self.gate = gate
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+        self.expand = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32))
+        self.depthwise = nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32))
+        self.squeeze, self.excite = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1)
+        self.project = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.last = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32))
+        self.hidden, self.fc = nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        swish, pool = nn.functional.hardswish, nn.functional.adaptive_avg_pool2d
+        x = swish(self.stem(x))
+        y = self.depthwise(swish(self.expand(x)))
+        y = y * self.gate(self.excite(torch.relu(self.squeeze(pool(y, 1)))))
+        x = x + self.project(swish(y))
+        x = pool(swish(self.last(x)), 1).flatten(1)
+        return self.fc(swish(self.hidden(x)))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ def test_every_option_together_as_json_and_as_a_table(
     assert all(0 <= row["clipped"] < 0.5 and row["bits"] == 8 for row in rows.values())
     assert all(row["seen_low"] <= row["low"] <= 0 < row["high"] <= row["seen_high"] for row in rows.values())
     assert result["validation_accuracy"] > 0.6
-    assert main(["compress", SAMPLE, "-o", out, *BITS, "--calibration", "minmax"]) == 0
+    plot = tmp_path / "ranges.png"
+    options = ["--calibration", "minmax", "--calibration-plot", str(plot)]
+    assert main(["compress", SAMPLE, "-o", out, *BITS, *options]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "Calibrated inputs" in printed
     assert "layer1.0.conv1" in printed
@@ -40,6 +43,19 @@ def test_unknown_methods_are_refused(capsys: pytest.CaptureFixture[str], tmp_pat
     assert main(["compress", SAMPLE, "-o", out, *BITS[:-1], "0"]) == 2
     assert "images is 0" in capsys.readouterr().err
     assert not Path(out).exists()
+
+
+def test_plots_that_cannot_be_are_refused_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, plot = str(tmp_path / "model"), str(tmp_path / "ranges.png")
+    for arguments, text in (
+        ([*BITS, "--calibration-plot", str(tmp_path / "none" / "ranges.png")], "a folder that exists"),
+        ([*BITS, "--calibration-plot", str(tmp_path / "ranges.svg")], "must be a PNG file"),
+        (["--calibration-plot", plot], "and nothing is"),
+        (["--method", "toco", "--calibration-plot", plot], "does not go with --method toco"),
+    ):
+        assert main(["compress", SAMPLE, "-o", out, *arguments]) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_quantized_onnx_file_is_inspected_and_compiled(

@@ -14,11 +14,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from tvm import relax
 
+from tvm_compress.calibration import calibrate
+from tvm_compress.compressor import realize
 from tvm_compress.errors import ModelError, UnsupportedOperatorError
 from tvm_compress.model import Model, load_model
+from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.params import bind_params, get_params
+from tvm_compress.passes.pipeline import compress
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
 from tvm_compress.samples.load import load_sample, sample_module
+from tvm_compress.twin import Twin
 
 RNG = np.random.default_rng
 
@@ -281,3 +287,55 @@ def test_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(b"this is no protobuf")
     with pytest.raises(ModelError, match="not a readable ONNX file"):
         load_model(path)
+
+
+SPELLINGS: dict[str, list[tuple[Any, ...]]] = {
+    "operator": [("HardSwish", ["a"], "b", {})],
+    "hard-sigmoid": [
+        ("HardSigmoid", ["a"], "s", {"alpha": 1 / 6, "beta": 0.5}),
+        ("Mul", ["s", "a"], "b", {}),
+    ],
+    "arithmetic": [
+        ("Add", ["a", "three"], "s", {}),
+        ("Clip", ["s", "zero", "six"], "t", {}),
+        ("Mul", ["a", "t"], "u", {}),
+        ("Div", ["u", "six"], "b", {}),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_hard_swish_becomes_a_table(name: str, tmp_path: Path) -> None:
+    rng = RNG(0)
+    constants = {
+        "w1": rng.normal(size=(8, 2, 3, 3)).astype(np.float32),
+        "w2": rng.normal(size=(5, 8, 3, 3)).astype(np.float32),
+        **{key: np.float32(value) for key, value in {"zero": 0, "three": 3, "six": 6}.items()},
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"]),
+        *(helper.make_node(op, inputs, [output], **attrs) for op, inputs, output, attrs in SPELLINGS[name]),
+        helper.make_node("Conv", ["b", "w2"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["y"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "hard-swish",
+        [info("x", TensorProto.FLOAT, [1, 2, 6, 6])],
+        [info("y", TensorProto.FLOAT, [1, 5])],
+        [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
+    )
+    path = tmp_path / "network.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8), path)
+    module = load_model(path).module
+    x = rng.normal(size=(16, 2, 6, 6)).astype(np.float32)
+    site = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
+    policy = CompressionPolicy(sites={"w1": site, "w2": site})
+    integer = realize(compress(module, policy, calibration=calibrate(module, x)))
+    convolution, requantization = "tvm_compress.conv2d", "tvm_compress.requantize"
+    names = [operator(value) for _, value in bindings(integer["main"])]
+    assert names[2:6] == [convolution, requantization, "tvm_compress.table", convolution]
+    expected = Twin(module).predict(x)
+    np.testing.assert_allclose(Twin(integer).predict(x), expected, atol=0.05 * np.abs(expected).max())

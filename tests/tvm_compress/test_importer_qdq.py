@@ -156,6 +156,9 @@ OPERATORS: dict[str, Any] = {
     "Conv": conv,
     "Relu": lambda x, _: np.maximum(x, 0),
     "Add": lambda x, y, _: x + y,
+    "Mul": lambda x, y, _: x * y,
+    "Sigmoid": lambda x, _: 1 / (1 + np.exp(-x)),
+    "HardSigmoid": lambda x, attrs: np.clip(attrs["alpha"] * x + attrs["beta"], 0, 1),
     "MaxPool": lambda x, _: x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2).max(axis=(3, 5)),
     "GlobalAveragePool": lambda x, _: x.mean(axis=(2, 3), keepdims=True),
     "Flatten": lambda x, _: x.reshape(len(x), -1),
@@ -185,6 +188,30 @@ def test_the_integers_are_those_of_the_file(activation):
     assert not {"nn.conv2d", "matmul", "quantize"} & set(operators(integer))
     assert operators(integer).count("tvm_compress.quantize") == 1
     assert operators(integer).count("tvm_compress.dequantize") == 1
+
+
+@pytest.mark.parametrize("activation", [np.int8, np.uint8])
+def test_hard_swish_and_gates_are_those_of_the_file(activation):
+    """Each operator of hard-swish between quantizations of its own, and an image times a number a channel."""
+    q = Qdq(activation=activation)
+    weights = [q.weights("conv1.weight", (8, 3, 3, 3)), q.bias("conv1.bias", 8)]
+    x = q.node("Conv", [q.quantized("x", -2.5, 2.5), *weights], "a", pads=[1, 1, 1, 1])
+    a = q.quantized(x, -4.0, 4.0)
+    h = q.quantized(q.node("HardSigmoid", [a], "h", alpha=1 / 6, beta=0.5), 0.0, 1.0)
+    s = q.quantized(q.node("Mul", [a, h], "s"), -0.4, 4.0)
+    g = q.quantized(q.node("GlobalAveragePool", [s], "g"), -0.4, 2.0)
+    t = q.quantized(q.node("Mul", [s, q.quantized(q.node("Sigmoid", [g], "k"), 0.0, 1.0)], "t"), -0.4, 3.0)
+    f = q.node("Flatten", [q.quantized(q.node("GlobalAveragePool", [t], "p"), -0.4, 2.0)], "f")
+    y = q.node("Gemm", [f, q.weights("fc.weight", (5, 8)), q.bias("fc.bias", 5)], "y", transB=1)
+    onnx_model = q.model(q.quantized(y, -3.0, 3.0))
+    integer = realize(Model.from_onnx(onnx_model).module)
+    names = operators(integer)
+    assert names.count("tvm_compress.table") == 2
+    assert not {"sigmoid", "clip", "mean", "divide"} & set(names)
+    assert names.count("tvm_compress.quantize") == names.count("tvm_compress.dequantize") == 1
+    steps = np.abs(Twin(integer).predict(images()) - evaluate(onnx_model, images())) / (6.0 / 255)
+    assert steps.max() <= 2.01
+    assert np.mean(steps < 0.01) > 0.6
 
 
 @settings(max_examples=5, deadline=None)

@@ -31,6 +31,9 @@ def test_search_on_this_machine_builds_and_reports(
     assert summary["agreement"]["artifact-host"] >= 0.995
     paths = summary["paths"]
     page = Path(paths["report"]).read_text()
+    data = json.loads((tmp_path / "s" / "report.json").read_text())
+    quantized = {bar["name"] for bar in data["sites"] if bar["scheme"] != "fp32"}
+    assert {site for row in data["ranges"] for site in row["sites"]} == quantized
     assert page.count("data:image/png;base64,") >= 3
     artifact = Artifact.load(paths["artifacts"]["host"])
     assert artifact.manifest.accuracy is not None

@@ -1,10 +1,12 @@
 """The report: one self-contained page, the same bytes for the same data, every figure present."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.report.data import ReportData, SiteBar, TrialPoint, Variant
 from tvm_compress.report.html import format_latency, table_rows, write_report
 
@@ -40,6 +42,12 @@ def data() -> ReportData:
             "conv1": {"weights 4 bit": 0.1, "weights 2 bit": 0.9},
             "fc <10>": {"weights 4 bit": 0.0},
         },
+        ranges=[
+            RangeReport(("conv1",), 8, -1.5, 3.0, -1.2, 2.5, 0.012),
+            RangeReport(
+                ("layer1.0.conv1", "layer1.0.shortcut.conv1 with a long name"), 3, 0.0, 0.04, 0.0, 0.03, 0.0
+            ),
+        ],
         pareto=[1, 4],
         chosen=4,
         agreement={"artifact-host": 1.0},
@@ -49,7 +57,7 @@ def data() -> ReportData:
 
 def test_page_is_self_contained_and_complete(data: ReportData, tmp_path: Path) -> None:
     page = write_report(data, tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "http" not in page.lower()
     assert "fc &lt;10&gt;" in page
     assert "92.00 %" in page
@@ -58,6 +66,7 @@ def test_page_is_self_contained_and_complete(data: ReportData, tmp_path: Path) -
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [
         "accuracy_latency.png",
         "policy.png",
+        "ranges.png",
         "rewards.png",
         "sensitivity.png",
     ]
@@ -73,6 +82,13 @@ def test_page_from_the_stored_data_is_the_same(data: ReportData, tmp_path: Path)
     first = write_report(data, tmp_path / "a.html").read_bytes()
     again = ReportData.from_json(data.to_json())
     assert write_report(again, tmp_path / "b.html").read_bytes() == first
+
+
+def test_data_of_studies_without_ranges_is_read(data: ReportData, tmp_path: Path) -> None:
+    values = json.loads(data.to_json())
+    del values["ranges"]
+    write_report(ReportData.from_json(json.dumps(values)), tmp_path / "a.html")
+    assert not (tmp_path / "figures" / "ranges.png").exists()
 
 
 def test_units_never_mix() -> None:

@@ -12,6 +12,7 @@ from tvm_compress.cli.options import (
     BatchesOption,
     BiasCorrectionOption,
     CalibrationOption,
+    CalibrationPlotOption,
     CodebookBitsOption,
     CurvatureOption,
     DampingOption,
@@ -62,6 +63,7 @@ from tvm_compress.data.dataset import Split
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model, load_model
 from tvm_compress.prune_then_quantize import EsnSettings
+from tvm_compress.report.html import write_ranges
 
 
 def compress(
@@ -97,6 +99,7 @@ def compress(
         typer.Option(help="tolerance, l1 or l2: which channels go first. Default tolerance; esn: l2."),
     ] = None,
     calibration: CalibrationOption = None,
+    calibration_plot: CalibrationPlotOption = None,
     equalize: EqualizeOption = False,
     weight_rounding: WeightRoundingOption = None,
     bias_correction: BiasCorrectionOption = False,
@@ -174,6 +177,8 @@ def compress(
     """Apply a compression policy to a model without searching."""
     given = dict(locals())
     compressed, split, summary = run_method(method, given)
+    if calibration_plot is not None:
+        write_ranges(model_ranges(compressed), calibration_plot)
     _finish(compressed, split, output, target, summary, as_json)
 
 

@@ -1,6 +1,7 @@
 """The methods of `tvm-compress compress --method`, from options to compressed models."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tvm_compress.cli.load import epoch_lines, model_and_data, part_lines
@@ -25,7 +26,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "policy": (
         *("policy", "pruning_ratio", "weight_bits", "activation_bits", "rounding", "criterion"),
         *("finetune_epochs", "learning_rate", "calibration", "images"),
-        *("equalize", "weight_rounding", "bias_correction"),
+        *("equalize", "weight_rounding", "bias_correction", "calibration_plot"),
     ),
     "toco": (
         *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "step", "sampling"),
@@ -104,6 +105,7 @@ def _policy(given: Mapping[str, Any]) -> Outcome:
         policy = CompressionPolicy.load(given["policy"])
     else:
         policy = uniform_policy(dense, **_chosen(given, *uniform))
+    _check_plot(given["calibration_plot"], policy)
     epochs = given["finetune_epochs"] or 0
     compressed = compress_model(
         dense,
@@ -121,6 +123,22 @@ def _policy(given: Mapping[str, Any]) -> Outcome:
         progress=epoch_lines(given["as_json"], epochs),
     )
     return compressed, split, {}
+
+
+def _check_plot(path: Path | None, policy: CompressionPolicy) -> None:
+    """Refuse a plot that could not be written, before anything is computed."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise SettingError(
+            f"--calibration-plot is {str(path)!r}, but must be a PNG file in a folder that exists.",
+            "Such as --calibration-plot ranges.png.",
+        )
+    if not any(site.quantized for site in policy.sites.values()):
+        raise SettingError(
+            "--calibration-plot draws ranges of what is quantized, and nothing is.",
+            "Give --weight-bits and --activation-bits, or leave it out.",
+        )
 
 
 def _toco(given: Mapping[str, Any]) -> Outcome:

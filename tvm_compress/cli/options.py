@@ -85,6 +85,13 @@ CalibrationOption = Annotated[
         rich_help_panel="Post-training quantization",
     ),
 ]
+CalibrationPlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="PNG file for a plot of the ranges and of what they clip.",
+        rich_help_panel="Post-training quantization",
+    ),
+]
 WeightRoundingOption = Annotated[
     str | None,
     typer.Option(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.errors import StudyError
 
 
@@ -76,6 +77,8 @@ class ReportData:
     ----------
     sensitivity
         Site name -> (compression label, such as "weights 4 bit" -> mean KL divergence in nats).
+    ranges
+        Calibration of what the chosen policy quantizes, before any fine-tuning.
     pareto
         Episodes on the Pareto front of accuracy against latency.
     chosen
@@ -97,6 +100,7 @@ class ReportData:
     trials: Sequence[TrialPoint]
     sites: Sequence[SiteBar]
     sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ranges: Sequence[RangeReport] = ()
     pareto: Sequence[int] = ()
     chosen: int | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
@@ -127,6 +131,7 @@ class ReportData:
                     "best": Variant(**values["best"]),
                     "trials": [TrialPoint(**trial) for trial in values["trials"]],
                     "sites": [SiteBar(**site) for site in values["sites"]],
+                    "ranges": [RangeReport.from_dict(row) for row in values.get("ranges", ())],
                 }
             )
         except (ValueError, KeyError, TypeError) as error:

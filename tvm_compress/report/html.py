@@ -1,18 +1,22 @@
 """Writes `report.html`, one self-contained file, and its pictures as PNGs beside it."""
 
 import base64
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.errors import SettingError
 from tvm_compress.files import replacing, write_text
 from tvm_compress.report.data import ReportData, Variant
-from tvm_compress.report.plots import all_plots
+from tvm_compress.report.plots import all_plots, ranges
 
 CAPTIONS = {
     "accuracy_latency": "Accuracy against latency: every trial (validation accuracy), the Pareto front, "
     "and the models that were built (test accuracy).",
     "policy": "The chosen policy per site: channels kept, weight bits, activation bits.",
+    "ranges": "Calibration: the part of each tensor's observed range that its integers cover, before any "
+    "fine-tuning, and the share of its values outside of it.",
     "rewards": "Reward over the episodes.",
     "sensitivity": "Sensitivity: how far the output moves when one site alone is compressed.",
 }
@@ -74,6 +78,19 @@ def _spread(variant: Variant) -> str:
     if variant.latency_unit == "seconds":
         return f"{variant.latency_spread * 1e3:.2g}"
     return f"{variant.latency_spread:.2g}"
+
+
+def write_ranges(rows: Sequence[RangeReport], path: str | Path) -> None:
+    """Write a plot of calibrated ranges, as PNG.
+
+    Raises
+    ------
+    SettingError
+        If the extra `report` (matplotlib) is not installed.
+    """
+    png = ranges(rows)
+    with replacing(path) as temporary:
+        temporary.write_bytes(png)
 
 
 def write_report(data: ReportData, path: str | Path) -> Path:

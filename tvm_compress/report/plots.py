@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.errors import SettingError
 from tvm_compress.report.data import ReportData
 
@@ -21,7 +22,7 @@ SOFT = "#9fb8c4"
 SCHEME_COLOURS = {"fp32": "#9fb8c4", "int8": "#1f6f8b", "bitserial": "#e0a030"}
 
 
-def _figure(width: float, height: float, rows: int = 1) -> "tuple[Figure, Sequence[Axes]]":
+def _bare_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -29,13 +30,21 @@ def _figure(width: float, height: float, rows: int = 1) -> "tuple[Figure, Sequen
             "The report needs matplotlib, which is not installed.",
             "Install the extra: pip install 'tvm_compress[report]'.",
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _style(ax: "Axes") -> None:
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=INK, labelsize=9)
+
+
+def _figure(width: float, height: float, rows: int = 1) -> "tuple[Figure, Sequence[Axes]]":
+    figure = _bare_figure(width, height)
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for ax in axes:
-        ax.grid(True, color=GRID, linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(colors=INK, labelsize=9)
+        _style(ax)
     return figure, list(axes)
 
 
@@ -166,6 +175,46 @@ def sensitivity(data: ReportData) -> bytes:
     return _png(figure)
 
 
+def ranges(rows: Sequence[RangeReport]) -> bytes:
+    """What was seen of each quantized tensor, what of it the integers cover, and the share that is clipped.
+
+    Each tensor is drawn in units of its largest magnitude, which stands beside its name: tensors of one
+    network differ by orders of magnitude.
+    """
+    figure = _bare_figure(8.4, 0.3 * len(rows) + 1.6)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    place = np.arange(len(rows))
+    largest = np.array([max(abs(row.seen_low), abs(row.seen_high), 1e-30) for row in rows])
+    for low, high, colour, height, label in (
+        ([row.seen_low for row in rows], [row.seen_high for row in rows], SOFT, 0.72, "seen"),
+        ([row.low for row in rows], [row.high for row in rows], MAIN, 0.36, "covered by the integers"),
+    ):
+        width = (np.array(high) - np.array(low)) / largest
+        left.barh(place, width, left=np.array(low) / largest, color=colour, height=height, label=label)
+    names = [_shortened(", ".join(row.sites)) for row in rows]
+    left.set_yticks(
+        place, [f"{n}  ±{b:.3g}, {row.bits} bit" for n, b, row in zip(names, largest, rows, strict=True)]
+    )
+    left.invert_yaxis()
+    left.set_xlim(-1.08, 1.08)
+    left.set_xlabel("range, in units of the largest magnitude")
+    clipped = [100 * row.clipped for row in rows]
+    right.barh(place, clipped, color=ACCENT, height=0.5)
+    for y, share in zip(place, clipped, strict=True):
+        right.text(share, y, f" {share:.3g} %", va="center", fontsize=8, color=INK)
+    right.set_xlim(0, max(*clipped, 1e-3) * 1.35)
+    right.set_xlabel("values clipped [%]")
+    for ax in (left, right):
+        _style(ax)
+        ax.grid(False, axis="y")
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return _png(figure)
+
+
+def _shortened(name: str, longest: int = 40) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
 def all_plots(data: ReportData) -> dict[str, bytes]:
     """Every picture that the data allows: file name without ending -> PNG bytes."""
     plots = {"policy": policy(data)} if data.sites else {}
@@ -174,4 +223,6 @@ def all_plots(data: ReportData) -> dict[str, bytes]:
         plots["accuracy_latency"] = accuracy_against_latency(data)
     if data.sensitivity:
         plots["sensitivity"] = sensitivity(data)
+    if data.ranges:
+        plots["ranges"] = ranges(data.ranges)
     return plots

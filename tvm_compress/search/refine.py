@@ -55,7 +55,13 @@ def refine(
         reward = reward_of(result, settings.budget, settings.beta)
         found.append(
             Refined(
-                trial.episode, candidate.policy, result, reward, candidate.module, candidate.integer_module
+                trial.episode,
+                candidate.policy,
+                result,
+                reward,
+                candidate.module,
+                candidate.integer_module,
+                candidate.ranges,
             )
         )
         progress(begin + epochs + 1, total, text)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import tvm
 
+from tvm_compress.calibration import RangeReport
 from tvm_compress.passes.policy import CompressionPolicy
 
 MEASURED = "measured"
@@ -98,6 +99,7 @@ class Refined:
     reward: float
     module: tvm.IRModule  # QDQ stage (float where nothing is quantized), trained parameters
     integer_module: tvm.IRModule  # integer stage; the same as `module` where nothing is quantized
+    ranges: tuple[RangeReport, ...] = ()  # of the quantized tensors, as calibrated
 
 
 @dataclass(frozen=True)

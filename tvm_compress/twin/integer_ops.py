@@ -68,6 +68,19 @@ def _requantize(node: Node, _: BatchNormMode) -> TensorFunction:
     return requantize
 
 
+def _table(node: Node, _: BatchNormMode) -> TensorFunction:
+    info = node.info[0]
+    dtype = info.dtype if info is not None else "int32"
+    if dtype not in ("int8", "uint8"):
+        raise unsupported(node, f"tables for inputs of type {dtype}")
+    lowest = INTEGER_RANGES[dtype][0]
+
+    def table(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values[x.to(torch.int64) - lowest]
+
+    return table
+
+
 def _largest_input(node: Node) -> int:
     """Largest |x - zero_point| that the first input can hold."""
     info = node.info[0]
@@ -148,6 +161,7 @@ INTEGER_OPERATORS: dict[str, Build] = {
     PREFIX + "quantize": _quantize,
     PREFIX + "dequantize": _dequantize,
     PREFIX + "requantize": _requantize,
+    PREFIX + "table": _table,
     PREFIX + "conv2d": _conv2d,
     PREFIX + "dense": _dense,
 }

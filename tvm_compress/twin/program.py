@@ -71,12 +71,13 @@ class Node:
 
 @dataclass
 class Program:
-    """The nodes of `main`, and what its slots hold before the first node runs."""
+    """The nodes of `main`, and what its slots hold before the first node runs; `variables` has all slots."""
 
     nodes: list[Node] = field(default_factory=list)
     input_slots: list[int] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     constants: dict[int, np.ndarray] = field(default_factory=dict)
+    variables: dict[relax.Var, int] = field(default_factory=dict)
     output: int = 0
     size: int = 0
 
@@ -116,7 +117,7 @@ class _Reader:
     def __init__(self, function: relax.Function) -> None:
         self.function = function
         self.program = Program()
-        self.slots: dict[Any, int] = {}
+        self.slots = self.program.variables
         self.varying: set[int] = set()
         self.layer = "the input"
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tvm
+from tvm import relax
 
 from tvm_compress.errors import DataError, ModelError, UnsupportedOperatorError
 from tvm_compress.passes.params import get_params, get_stage, set_params
@@ -95,6 +96,7 @@ class Twin(torch.nn.Module):
         self._input_slot, self._output_slot = program.input_slots[0], program.output
         self._input_shape = _input_shape(module)
         self._layers = _find_layers(program)
+        self._slots = program.variables
         self.sites = tuple(name for name, _ in self._layers.values())
         statistics = _statistics_slots(program)
         self._has_batch_norm = bool(statistics)
@@ -250,11 +252,13 @@ class Twin(torch.nn.Module):
         names: Sequence[str] | None = None,
         callback: Callable[[tuple[str, ...], torch.Tensor], None] | None = None,
         batch_size: int = 256,
+        others: Mapping[str, relax.Var] | None = None,
     ) -> dict[str, np.ndarray]:
         """Return the input [N, ...] (NHWC) of each named site (all by default), in evaluation mode.
 
         With a callback nothing is kept: it is called for each batch and each tensor with the names of all the
-        sites that take this very tensor, and the result is empty.
+        sites that take this very tensor, and the result is empty. `others` are further variables of the
+        module's `main` to give, by names of their own.
         """
         wanted = set(self.sites if names is None else names)
         if unknown := wanted - set(self.sites):
@@ -263,6 +267,8 @@ class Twin(torch.nn.Module):
         for name, node in self._layers.values():
             if name in wanted:
                 takers[node.inputs[0]] = (*takers.get(node.inputs[0], ()), name)
+        for name, var in (others or {}).items():
+            takers[self._slots[var]] = (*takers.get(self._slots[var], ()), name)
         kept: dict[str, list[np.ndarray]] = {}
 
         def keep(sites: tuple[str, ...], value: torch.Tensor) -> None:
