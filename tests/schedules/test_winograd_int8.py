@@ -161,7 +161,7 @@ def test_weights_whose_sums_may_not_fit_get_another_algorithm() -> None:
     with patch.object(winograd, "choose_algorithm", choose):
         for weight in (w, 127 * w):
             apply.lower_to_kernels(make_site(x, weight, b, padding=SAME), parse_target(HOST))
-    assert allowed == [["F2", "F4"], ["F2"]]
+    assert list(dict.fromkeys(map(tuple, allowed))) == [("F2", "F4"), ("F2",)]
 
 
 @pytest.mark.parametrize(
