@@ -122,8 +122,8 @@ def _figures_of(device: str, found: dict[str, Evaluation]) -> list[Figure]:
     sums = [pair for one in found.values() for pair in one.sums]
     each = {name: one.summary() for name, one in found.items()}
 
-    def by_network(what: str, factor: float = 100) -> str:
-        return ", ".join(f"{name} {factor * one[what]:.1f}" for name, one in each.items())
+    def by_network(what: str, factor: float = 100, digits: int = 1) -> str:
+        return ", ".join(f"{name} {factor * one[what]:.{digits}f}" for name, one in each.items())
 
     return [
         Figure(
@@ -148,7 +148,7 @@ def _figures_of(device: str, found: dict[str, Evaluation]) -> list[Figure]:
             "",
             0.98,
             ">=",
-            note=f"least of {by_network('networks_spearman', 1)}",
+            note=f"least of {by_network('networks_spearman', 1, 3)}",
         ),
         Figure(
             f"{device}: sum of measured kernels against the network, median error",

@@ -138,6 +138,14 @@ def test_subset_is_stratified_and_repeats() -> None:
     assert data.subset(1000, RNG(0)) is data
 
 
+def test_joined_has_both_in_order() -> None:
+    x, y = images()
+    data = Dataset(x, y, ("a", "b", "c"))
+    both = data.take(slice(0, 20)).joined(data.take(slice(30, 60)))
+    np.testing.assert_array_equal(both.x, np.concatenate([x[:20], x[30:]]))
+    np.testing.assert_array_equal(both.y, np.concatenate([y[:20], y[30:]]))
+
+
 @pytest.mark.parametrize(
     ("mean", "std"),
     [((0.0,), (0.0,)), ((0.0,), (-1.0,)), ((0.0, 0.1), (1.0,)), ((np.nan,), (1.0,)), ((), ())],

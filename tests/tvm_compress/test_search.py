@@ -26,7 +26,7 @@ from tvm_compress.search import latency_sources
 from tvm_compress.search.latency import LatencyMeter
 from tvm_compress.search.latency_sources import KernelLatency
 from tvm_compress.search.problem import SearchProblem
-from tvm_compress.search.refine import best_refined
+from tvm_compress.search.refine import best_refined, refine
 from tvm_compress.search.results import ProgressEvent, SearchResult
 from tvm_compress.search.run import run_search
 from tvm_compress.search.sensitivity import analyse, from_json, kl_divergence, labelled, to_json, variants
@@ -245,7 +245,11 @@ def test_hybrid_measures_the_first_and_predicts_or_sums_up_others(model, split, 
 
 def test_kernels_are_timed_once_and_summed_up(model, split, tmp_path):
     settings = dataclasses.replace(SETTINGS, latency="kernels", episodes=7, finetune_epochs=0, refine=1)
-    result = run_search(model, split, settings, tmp_path)
+    with patch("tvm_compress.search.run.refine", wraps=refine) as refined:
+        result = run_search(model, split, settings, tmp_path)
+    # A single winner is not judged against others: it learns from the validation images too.
+    trained_on = refined.call_args.args[3]
+    assert len(trained_on) == len(split.train) + len(split.validation)
     kinds = [trial.result.latency_kind for trial in result.trials]
     assert kinds[:2] == ["measured"] * 2
     assert "summed" in kinds

@@ -97,6 +97,10 @@ class Dataset:
         """Return the images at `indices`, in that order."""
         return replace(self, x=self.x[indices], y=self.y[indices])
 
+    def joined(self, other: "Dataset") -> "Dataset":
+        """Return these images and then the other's, which are of the same source."""
+        return replace(self, x=np.concatenate([self.x, other.x]), y=np.concatenate([self.y, other.y]))
+
     def subset(self, n: int, rng: np.random.Generator) -> "Dataset":
         """Return n images, stratified: each class keeps its share to within one image.
 

@@ -311,4 +311,7 @@ class _Search:
         balanced = fit.fit_balanced(winners[0])
         fitted = [*(fit.fit(trial) for trial in winners), *([] if balanced is None else [balanced])]
         chosen = [fit.widen(trial) for trial in choose(fitted, self.settings)]
-        return refine(chosen, compressor, evaluator, self.split.train, self.settings, tell)
+        # A single one is not judged against others, so that it may learn from the validation images too.
+        single = len(chosen) == 1
+        train = self.split.train.joined(self.split.validation) if single else self.split.train
+        return refine(chosen, compressor, evaluator, train, self.settings, tell)

@@ -60,7 +60,8 @@ class SearchSettings:
         (0: the whole validation set), and give the sensitivities.
     finetune_epochs, finetune_lr, refine
         After the search: epochs and learning rate of the fine-tuning, and how many policies get it (see
-        `fit.likely_winners`).
+        `fit.likely_winners`). With `refine` 1 there is nothing left to choose, so that the one learns from
+        the validation images too.
     augment
         How the images of that fine-tuning are varied: "none", "shift", "mirror" or "shift+mirror".
     measure_first, measure_every
