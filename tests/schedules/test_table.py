@@ -44,6 +44,14 @@ def test_any_number_of_values_is_exact(shape, dtype, result, seed):
     np.testing.assert_array_equal(found, reference.table(x, values))
 
 
+def test_large_tensors_are_exact():
+    # Enough for several threads, and no multiple of a step.
+    x = np.random.default_rng(0).integers(-128, 128, (1, 33, 31, 37)).astype(np.int8)
+    values = any_values("int8")
+    found = run(unary(x.shape, "int8", table_of(values)), x)
+    np.testing.assert_array_equal(found, reference.table(x, values))
+
+
 @pytest.mark.parametrize(("dtype", "count"), [("int32", 256), ("int8", 255)])
 def test_tables_are_of_all_bytes(dtype, count):
     values = np.zeros(count, np.int8)
