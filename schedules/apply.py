@@ -26,6 +26,7 @@ from tvm_compress.schedules import (
     lookup,
     narrow,
     ops,
+    table,
     winograd,
 )
 from tvm_compress.schedules.counts import executed
@@ -61,7 +62,7 @@ _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], 
     "quantize": elementwise.legalize_quantize,
     "dequantize": elementwise.legalize_dequantize,
     "requantize": elementwise.legalize_requantize,
-    "table": elementwise.legalize_table,
+    "table": table.legalize,
 }
 _FP32_SITES = ("relax.nn.conv2d", "relax.matmul")
 _INTEGER_SITES = ("tvm_compress.conv2d", "tvm_compress.dense")

@@ -96,20 +96,6 @@ def legalize_requantize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetR
     return bb.call_te(compute, *args, primfunc_name_hint="requantize")
 
 
-def legalize_table(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
-    """Replace tvm_compress.table; see schedules.ops for what it computes."""
-    dtype = str(call.args[0].ty.dtype)
-    shape = kernel.constant_array(call.args[1], "values").shape
-    if dtype not in ("int8", "uint8") or shape != (256,):
-        raise KernelError(f"A table has 256 values for int8 or uint8, not {shape} for {dtype}.")
-    lowest = int(np.iinfo(dtype).min)
-
-    def compute(x: te.Tensor, values: te.Tensor) -> te.Tensor:
-        return te.compute(x.shape, lambda *i: values[x(*i).astype("int32") - lowest], name="table")
-
-    return bb.call_te(compute, *call.args, primfunc_name_hint="table")
-
-
 @dataclass(frozen=True)
 class Arithmetic:
     """The integers that a requantization computes with.

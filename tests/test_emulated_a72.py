@@ -100,6 +100,42 @@ def test_every_kind_of_integer_kernel_is_exact(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got, expected(site, x, w, b), err_msg=str(site))
 
 
+# (input shape, its type, the results' type): single values, odd rows, whole steps and what is left of them.
+TABLES = [
+    ((256,), "int8", "int8"),
+    ((2, 5, 3, 37), "uint8", "int8"),
+    ((1, 16, 16, 8), "int8", "uint8"),
+    ((1, 3, 3, 29), "uint8", "uint8"),
+    ((17, 1), "int8", "int8"),
+    ((5,), "int8", "int8"),
+    ((1, 300), "int8", "int32"),
+]
+
+
+def test_tables_give_the_values_of_all_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    data = [np.resize(np.arange(256, dtype=np.uint8), shape).view(dtype) for shape, dtype, _ in TABLES]
+    limits = [np.iinfo(result) for _, _, result in TABLES]
+    values = [rng.integers(each.min, each.max, 256, each.dtype, endpoint=True) for each in limits]
+    bb = relax.BlockBuilder()
+    inputs = [relax.Var(f"x{i}", relax.TensorType(x.shape, str(x.dtype))) for i, x in enumerate(data)]
+    with bb.function("main", inputs):
+        with bb.dataflow():
+            outputs = [
+                bb.emit(ops.call("table", [x, relax.const(table)]))
+                for x, table in zip(inputs, values, strict=True)
+            ]
+            result = bb.emit_output(relax.Tuple(outputs))
+        bb.emit_func_output(result)
+    target = parse_target(RPI4)
+    executable = relax.build(lower_to_kernels(bb.get(), target), target=target)
+    executable.export_library(str(tmp_path / "k.so"), fcompile=export_fcompile("aarch64-linux-gnu"))
+    with open_device("emulated-a72").open() as session:
+        found = session.run(tmp_path / "k.so", data)
+    for case, x, table, got in zip(TABLES, data, values, found, strict=True):
+        np.testing.assert_array_equal(got, reference.table(x, table), err_msg=str(case))
+
+
 @pytest.fixture(scope="module")
 def sample() -> Model:
     return load_sample("resnet8-fashion")

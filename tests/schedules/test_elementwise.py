@@ -60,26 +60,6 @@ def test_requantize_is_exact(shape, shift_and_dtype, zero_point, per_channel):
     np.testing.assert_array_equal(actual, reference.requantize(x, multiplier, **attrs))
 
 
-@settings(max_examples=10, deadline=None)
-@given(SHAPES, st.sampled_from(["int8", "uint8"]), st.sampled_from(["int8", "uint8", "int32"]))
-def test_table_is_exact(shape, dtype, result):
-    rng = np.random.default_rng(0)
-    limits, reach = np.iinfo(dtype), np.iinfo(result)
-    x = rng.integers(limits.min, limits.max + 1, shape).astype(dtype)
-    x.flat[:2] = limits.min, limits.max
-    values = rng.integers(reach.min, reach.max, 256, endpoint=True).astype(result)
-    actual = run(unary(shape, dtype, lambda _, v: ops.call("table", [v, relax.const(values)])), x)
-    assert actual.dtype == np.dtype(result)
-    np.testing.assert_array_equal(actual, reference.table(x, values))
-
-
-@pytest.mark.parametrize(("dtype", "count"), [("int32", 256), ("int8", 255)])
-def test_tables_are_of_all_bytes(dtype, count):
-    values = relax.const(np.zeros(count, np.int8))
-    with pytest.raises(KernelError, match=f"256 values for int8 or uint8, not .{count},. for {dtype}"):
-        build(unary((1, 8), dtype, lambda _, v: ops.call("table", [v, values])))
-
-
 @settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([(255, 0), (255, 30), (1000, 14), (2**20, 8), (2**24, 33), (2**30 - 1, 8)]),
