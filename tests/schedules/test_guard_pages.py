@@ -19,7 +19,7 @@ def run_batch(*names: str) -> list[dict[str, Any]]:
         env=os.environ | {"TVM_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert result.returncode == 0, result.stderr
