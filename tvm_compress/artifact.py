@@ -20,6 +20,7 @@ from tvm_compress.files import replacing, write_text
 from tvm_compress.model import InputSpec
 from tvm_compress.passes.pipeline import Compiled
 from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings
+from tvm_compress.schedules.memory import memory_use
 
 SCHEMA_VERSION = 1
 LIBRARY = "model.so"
@@ -47,6 +48,9 @@ class Manifest:
     accuracy
         What this very library reached: `value`, `samples`, `device`, `agreement` with the twin; None until
         it was verified.
+    memory
+        Bytes that an inference needs: `constant_bytes`, `activation_bytes`, `workspace_bytes` and their sum
+        `peak_bytes` (`schedules.memory.MemoryUse`). Empty in artifacts of older versions.
     versions
         Of TVM, tvm-ffi and this tool.
     sha256
@@ -60,6 +64,7 @@ class Manifest:
     policy: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, Any] | None = None
+    memory: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -179,6 +184,7 @@ class Artifact:
                 class_names=list(class_names),
                 policy=None if policy is None else dict(policy),
                 metrics=dict(metrics or {}),
+                memory=memory_use(compiled.module, compiled.target).to_dict(),
                 versions=_versions(),
                 sha256={LIBRARY: _sha256(staging / LIBRARY)},
             )

@@ -36,6 +36,10 @@ def test_manifest_says_what_it_is(built: Path) -> None:
     assert manifest.metrics["macs"] == 9345920
     assert manifest.policy is None
     assert manifest.accuracy is None
+    parts = dict(manifest.memory)
+    assert parts.pop("peak_bytes") == sum(parts.values())
+    # Weights stand in the library, packed and not compressed.
+    assert 0 < (built / LIBRARY).stat().st_size - parts["constant_bytes"] < 1 << 20
     assert {"tvm", "tvm_ffi", "tvm_compress"} <= set(manifest.versions)
     json.dumps(manifest.target)
 

@@ -183,6 +183,7 @@ def test_compress_compile_verify_run_benchmark(capsys: pytest.CaptureFixture[str
     fast = call("compile", model, "-o", artifact)
     small = call("compile", model, "-o", str(tmp_path / "small"), "--compact")
     # Transformed weights take two or more bytes for one.
+    assert small["memory"]["constant_bytes"] < fast["memory"]["constant_bytes"] - 20_000
     assert small["library_bytes"] < fast["library_bytes"] - 20_000
     call("compile", SAMPLE, "-o", dense)
     checked = call("verify", artifact, "--model", model, "--data", SAMPLE, "--limit", "60")
@@ -195,6 +196,8 @@ def test_compress_compile_verify_run_benchmark(capsys: pytest.CaptureFixture[str
     assert np.asarray(ran["logits"]).shape == (2, 10)
     timed = call("benchmark", artifact, "--against", dense, "--repeat", "3", "--min-repeat-ms", "1")
     assert timed["ratio"] > 0
+    assert timed["memory"]["this"] == fast["memory"]
+    assert timed["memory"]["against"]["constant_bytes"] > fast["memory"]["constant_bytes"]
     assert {r["unit"] for r in timed["results"].values()} == {"seconds"}
     assert timed["ratio"] == pytest.approx(
         np.median(np.divide(*(timed["results"][name]["samples"] for name in ("this", "against"))))
@@ -209,5 +212,11 @@ def test_compress_compile_verify_run_benchmark(capsys: pytest.CaptureFixture[str
     assert main(["benchmark", artifact, "--against", artifact, *quick, "--cache-flush"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count(" ms │") == 4
-    for words in ("MAD / median", "after 5 samples, the limit", "caches flushed before each call", "load"):
+    for words in (
+        "memory of",
+        "MAD / median",
+        "after 5 samples, the limit",
+        "caches flushed before each call",
+        "load",
+    ):
         assert words in printed

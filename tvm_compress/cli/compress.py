@@ -57,7 +57,7 @@ from tvm_compress.cli.options import (
     TrustRadiusOption,
     WeightRoundingOption,
 )
-from tvm_compress.cli.output import print_json, print_lines, print_table
+from tvm_compress.cli.output import describe_memory, print_json, print_lines, print_table
 from tvm_compress.compression import compile_model, model_policy, model_ranges, twin_logits
 from tvm_compress.data.dataset import Split
 from tvm_compress.metrics.cost import metrics
@@ -256,9 +256,15 @@ def compile_artifact(
         "artifact": str(output),
         "target": artifact.manifest.target,
         "library_bytes": artifact.library.stat().st_size,
+        "memory": artifact.manifest.memory,
         "sha256": artifact.manifest.sha256,
     }
     if as_json:
         print_json(result)
     else:
-        print_lines([f"artifact: {output} ({result['library_bytes']:,} bytes of library)"])
+        print_lines(
+            [
+                f"artifact: {output} ({result['library_bytes']:,} bytes of library)",
+                f"memory: {describe_memory(artifact.manifest.memory)}",
+            ]
+        )

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_lines(lines: Sequence[str]) -> None:
     """Print plain lines on standard output, unwrapped, so that paths can be copied."""
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def describe_memory(memory: Mapping[str, int]) -> str:
+    """Tell the memory that a manifest states, in words."""
+    if not memory:
+        return "not stated; compile the artifact again"
+    parts = ("constant_bytes", "activation_bytes", "workspace_bytes")
+    constants, activations, workspace = (f"{memory[part]:,}" for part in parts)
+    return (
+        f"{memory['peak_bytes']:,} bytes: constants {constants}, activations {activations}, "
+        f"largest workspace of a kernel {workspace}"
+    )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from tvm_compress.cli.options import (
     TimeoutOption,
     WarmupOption,
 )
-from tvm_compress.cli.output import print_json, print_lines, print_table
+from tvm_compress.cli.output import describe_memory, print_json, print_lines, print_table
 from tvm_compress.compression import twin_logits
 from tvm_compress.data.images import read_images
 from tvm_compress.errors import ArtifactError, DeviceError
@@ -154,12 +154,13 @@ def benchmark(
         max_spread=max_spread,
         max_repeat=max_repeat,
     )
+    this = Artifact.load(artifact)
     others = {} if against is None else {"against": Artifact.load(against)}
     opened = open_device(device, threads=threads)
     with warnings.catch_warnings():
         # They are in the results, and printed from there.
         warnings.simplefilter("ignore", HealthWarning)
-        results = Artifact.load(artifact).benchmark(opened, others, settings)
+        results = this.benchmark(opened, others, settings)
     paths = {name: artifact if name == "this" else against for name in results}
     for name, result in results.items():
         if result.error is not None:
@@ -171,17 +172,20 @@ def benchmark(
         if not min(results["against"].samples) > 0:
             raise ArtifactError(f"{against} took no time; there is nothing to compare with.")
         ratio = latency_ratio(results["this"], results["against"])
+    memory = {name: loaded.manifest.memory for name, loaded in {"this": this, **others}.items()}
     if as_json:
         print_json(
             {
                 "artifact": str(artifact),
                 "device": opened.describe(),
+                "memory": memory,
                 "ratio": ratio,
                 "results": {name: result.to_dict() for name, result in results.items()},
             }
         )
         return
     _print_latencies(device, [(str(paths[name]), result) for name, result in results.items()], ratio)
+    print_lines([f"memory of {paths[name]}: {describe_memory(used)}" for name, used in memory.items()])
 
 
 def _print_latencies(device: str, results: Sequence[tuple[str, LatencyResult]], ratio: float | None) -> None:
