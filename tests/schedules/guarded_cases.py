@@ -137,7 +137,7 @@ def integer_winograd() -> Iterator[Case]:
 def integer_depthwise() -> Iterator[Case]:
     for target in (HOST, NARROWEST):
         for channels, times, stride in [(37, 1, 1), (24, 1, 2), (5, 3, 1)][: 3 if target is HOST else 1]:
-            layer = {
+            layer: dict[str, Any] = {
                 "x": (1, 7, 9, channels),
                 "w": (channels * times, 1, 3, 3),
                 "geometry": {"strides": [stride, stride], "padding": PADDINGS[1], "groups": channels},
@@ -159,17 +159,21 @@ def integer_depthwise() -> Iterator[Case]:
             )
 
 
+# Shapes of data and weights, bits, and attributes.
+LOW_BITS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], dict[str, Any]]] = [
+    ((1, 5, 7, 32), (24, 32, 3, 3), (2, 2), {"padding": PADDINGS[1], "zero_point": 1}),
+    ((1, 7, 5, 96), (8, 96, 3, 3), (5, 3), {"padding": PADDINGS[0], "strides": [2, 2]}),
+    ((2, 3, 3, 64), (40, 64, 1, 1), (1, 1), {}),
+    ((3, 96), (24, 96), (3, 2), {"zero_point": 1}),
+]
+
+
 def low_bits() -> Iterator[Case]:
     """Narrow and bit-serial kernels, with their packing."""
     rng = np.random.default_rng(0)
     for target, counts in ((HOST, (True, False)), (NARROWEST, (True,))):
         for count in counts:
-            for x_shape, w_shape, bits, attrs in [
-                ((1, 5, 7, 32), (24, 32, 3, 3), (2, 2), {"padding": PADDINGS[1], "zero_point": 1}),
-                ((1, 7, 5, 96), (8, 96, 3, 3), (5, 3), {"padding": PADDINGS[0], "strides": [2, 2]}),
-                ((2, 3, 3, 64), (40, 64, 1, 1), (1, 1), {}),
-                ((3, 96), (24, 96), (3, 2), {"zero_point": 1}),
-            ]:  # fmt: skip
+            for x_shape, w_shape, bits, attrs in LOW_BITS:
                 x, w, b = test_bitserial.random_site(rng, x_shape, w_shape, bits)
                 most = dict.fromkeys(target_rules._POPCOUNT_BITS, 36 if count else 0)
                 with patch.object(target_rules, "_POPCOUNT_BITS", most):
