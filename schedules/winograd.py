@@ -13,7 +13,6 @@ around hold the sums.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from tvm_compress.schedules import fp32, kernel, kernel_tables, packing
 from tvm_compress.schedules.codebook import read_weights
-from tvm_compress.schedules.intrin.dot import Dot, wrapping_dot_for
+from tvm_compress.schedules.intrin.dot import Dot
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
@@ -34,75 +33,12 @@ from tvm_compress.schedules.winograd_algorithm import (
     IntegerAlgorithm,
     pack_weights,
 )
+from tvm_compress.schedules.winograd_plan import FLOATS, Numbers, choose_blocking, integers
 
 Kind = TypeVar("Kind", bound=Algorithm)
 
 # Bytes in a line of the caches.
 _LINE = 64
-# Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
-_NEAR, _FAR = 8 / 64, 24 / 64
-# Most bytes of what lies between the stages, for a block.
-_MOST_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """What the stages compute with.
-
-    Attributes
-    ----------
-    family
-        Name of the kernel family.
-    algorithms
-        What there is to choose from, by name.
-    data, sums
-        Types of transformed inputs and weights, and of their products' sums.
-    dot
-        The instruction that multiplies them, None for the vectors that LLVM makes.
-    """
-
-    family: str
-    algorithms: Mapping[str, Algorithm]
-    data: str
-    sums: str
-    dot: Dot | None = None
-
-    @property
-    def depth(self) -> int:
-        """Input channels that a step of a product takes."""
-        return self.dot.depth if self.dot else 1
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of a transformed input or weight."""
-        return np.dtype(self.data).itemsize
-
-
-FLOATS = Numbers("winograd_fp32", ALGORITHMS, "float32", "float32")
-
-
-def integers(rules: TargetRules) -> Numbers:
-    """Return what the stages compute with for integers."""
-    dot = wrapping_dot_for(rules.isa)
-    return Numbers("winograd_int8", INTEGER_ALGORITHMS, "int16", "uint32", dot)
-
-
-@dataclass(frozen=True)
-class Blocking:
-    """How the work is cut.
-
-    Attributes
-    ----------
-    rows, columns
-        Tiles of a block.
-    vectors, tiles
-        Of the matrix product's register tile: vectors of output channels, tiles of the image.
-    """
-
-    rows: int
-    columns: int
-    vectors: int
-    tiles: int
 
 
 def applies(info: dict[str, Any]) -> bool:
@@ -110,51 +46,6 @@ def applies(info: dict[str, Any]) -> bool:
     return (info["KH"], info["KW"], info["strides"], info["dilation"], info["groups"]) == (
         3, 3, [1, 1], [1, 1], 1,
     )  # fmt: skip
-
-
-def choose_blocking(
-    rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers
-) -> Blocking:
-    """Choose the block of tiles and the register tile with the least estimated cycles.
-
-    Blocks are of about the same size, as the last ones of a row or column compute what lies beyond the image.
-    """
-    rows, columns = (-(-info[key] // algorithm.m) for key in ("OH", "OW"))
-    steps = -(-info["IC"] // numbers.depth)
-    best, least = None, math.inf
-    for high, wide in ((high, wide) for high in _even_parts(rows) for wide in _even_parts(columns)):
-        if high > 1 and wide < columns:
-            # Whole rows first: neighbours share what they read.
-            continue
-        size = _block_bytes(info, algorithm, numbers, high * wide)
-        if size > _MOST_BYTES and high * wide > 1:
-            continue
-        blocks = info["N"] * -(-rows // high) * -(-columns // wide)
-        tile = fp32.choose_tile(rules, 1, high * wide, info["OC"], steps)
-        product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
-        weights = numbers.data_bytes * algorithm.n**2 * info["IC"] * info["OC"]
-        cycles = max(blocks * algorithm.n**2 * product, _memory_cycles(rules, blocks, weights, size))
-        if cycles < least:
-            best, least = Blocking(high, wide, tile.vectors, tile.columns), cycles
-    assert best is not None
-    return best
-
-
-def _even_parts(extent: int) -> list[int]:
-    """Return the sizes of parts into which an extent can be cut evenly, large to small."""
-    return sorted({-(-extent // parts) for parts in range(1, extent + 1)}, reverse=True)
-
-
-def _block_bytes(info: dict[str, Any], algorithm: Algorithm, numbers: Numbers, tiles: int) -> int:
-    """Bytes of the transformed inputs and outputs of so many tiles."""
-    return algorithm.n**2 * tiles * (numbers.data_bytes * info["IC"] + 4 * info["OC"])
-
-
-def _memory_cycles(rules: TargetRules, blocks: int, weights: int, data: int) -> float:
-    """Estimate the cycles of fetching weights and what lies between the stages, both in bytes."""
-    weight_rate = _NEAR if weights + data <= rules.l2_bytes else _FAR
-    data_rate = _NEAR if data <= rules.l2_bytes // 2 else _FAR
-    return blocks * (weight_rate * weights + 2 * data_rate * data)
 
 
 def choose_algorithm(

@@ -26,6 +26,7 @@ from tvm_compress.schedules.winograd_algorithm import (
     pack_weights,
     transform_weights,
 )
+from tvm_compress.schedules.winograd_plan import FLOATS, choose_blocking
 
 RPI4 = "raspberry-pi/4b-aarch64"
 SAME = (1, 1, 1, 1)
@@ -235,8 +236,8 @@ def test_blocks_cover_the_image_and_tiles_fit_the_registers(
     name: str, algorithm: Algorithm, size: int, channels: int
 ) -> None:
     rules = rules_for(parse_target(name))
-    blocking = winograd.choose_blocking(
-        rules, dict(N=1, OH=size, OW=size, IC=channels, OC=channels), algorithm, winograd.FLOATS
+    blocking = choose_blocking(
+        rules, dict(N=1, OH=size, OW=size, IC=channels, OC=channels), algorithm, FLOATS
     )
     tiles = -(-size // algorithm.m)
     assert 1 <= blocking.rows <= tiles
