@@ -136,7 +136,7 @@ def demo(
         seed=seed,
         threads=threads,
         latency="hybrid",
-        finetune_epochs=16,
+        finetune_epochs=13,
         finetune_lr=0.06,
         augment="mirror",
         refine=1,
