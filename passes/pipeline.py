@@ -172,6 +172,23 @@ def lower(
     return run("kernels", to_kernels, module)
 
 
+def code_generation() -> tvm.ir.transform.PassContext:
+    """Settings that kernels are compiled by, in networks and alone: the current ones but two passes.
+
+    A kernel does not check its arguments, which would take a fifth of a small network's code: the VM's `main`
+    checks the inputs, and all other shapes are fixed. Common subexpressions are left to LLVM.
+    """
+    current = tvm.ir.transform.PassContext.current()
+    left_out = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
+    return tvm.ir.transform.PassContext(
+        current.opt_level,
+        current.required_pass,
+        current.disabled_pass,
+        current.instruments,
+        {**current.config, **left_out},
+    )
+
+
 def build(
     module: IRModule, target: TargetLike, dump: Folder | None = None, compact: bool = False
 ) -> Compiled:
@@ -181,7 +198,8 @@ def build(
         raise ModelError("The module is not canonical.", "Apply Canonicalize to what an importer gives.")
     lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump, compact)
     kernels = kernel_infos(lowered, parsed)
-    return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)
+    with code_generation():
+        return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)
 
 
 @cache

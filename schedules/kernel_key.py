@@ -7,8 +7,9 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
-# Raised when a change of the schedules makes old measurements worthless: part of every kernel's key.
-SCHEDULES_VERSION = 2
+# Raised when a change of the schedules, or of how they are compiled, makes old measurements worthless: part
+# of every kernel's key.
+SCHEDULES_VERSION = 3
 
 _STORE = re.compile(r"^\s*\w+\[.*\] = ")
 # Scales, zero points, clipping bounds and rounding terms: constants of a value, no extents and no strides.
@@ -30,8 +31,12 @@ def kernel_key(func: tirx.PrimFunc, target: Target) -> str:
 
     The constants that quantization writes into a kernel differ with every calibration, its time does not.
     """
-    code = hashlib.sha256(normalized_code(func).encode()).hexdigest()[:16]
-    return f"{code}-{target_digest(target)}-{tvm.__version__}-{SCHEDULES_VERSION}"
+    return hashlib.sha256(normalized_code(func).encode()).hexdigest()[:16] + key_ending(target)
+
+
+def key_ending(target: Target) -> str:
+    """Part that the keys of all kernels for a target share: it, and the versions."""
+    return f"-{target_digest(target)}-{tvm.__version__}-{SCHEDULES_VERSION}"
 
 
 def normalized_code(func: tirx.PrimFunc) -> str:

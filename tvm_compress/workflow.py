@@ -12,6 +12,7 @@ import torch
 
 from tvm_compress.artifact import Artifact, Verification
 from tvm_compress.compression import compile_model, compressed_model, twin_logits
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.data.dataset import Split
 from tvm_compress.errors import TargetError
 from tvm_compress.fastlc.curvature import Curvature
@@ -99,6 +100,7 @@ def run_study(
     title: str = "",
     progress: Progress = no_progress,
     curvature: Curvature | None = None,
+    latency_model: LatencyModel | None = None,
 ) -> Outcome:
     """Search a policy, build, verify and time dense and compressed artifacts, and write the report.
 
@@ -111,7 +113,7 @@ def run_study(
         Targets to build artifacts for; the search's own comes first and may be left out.
     measurement
         How the final latencies are taken; the default takes more samples than the search does.
-    curvature
+    curvature, latency_model
         See `run_search`.
 
     Raises
@@ -122,7 +124,7 @@ def run_study(
     wanted = list(dict.fromkeys([settings.build_target, *targets]))
     # Before the search, so that a target that cannot be verified here costs no time.
     devices = {target: device_for(target, settings) for target in wanted}
-    search = run_search(model, split, settings, path, progress, curvature)
+    search = run_search(model, split, settings, path, progress, curvature, latency_model)
     best = compressed_model(model, search.best.policy, search.best.module, search.best.ranges)
     best.save(path / "compressed")
     search.best.policy.save(path / "policy.json")

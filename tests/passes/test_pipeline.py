@@ -51,6 +51,20 @@ def test_dense_network_computes_what_torch_does(residual, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.so"]
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 9, 8), (2, 3, 8, 8), (1, 3, 8)])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_network_checks_its_input_though_kernels_do_not(residual, tmp_path, shape, loaded):
+    compiled = build(residual.module, "host")
+    executable = compiled.executable
+    if loaded:
+        executable = tvm.runtime.load_module(str(compiled.export(tmp_path / "net.so")))
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    with pytest.raises(Exception, match=r"shape|ndim"):
+        machine["main"](tvm.runtime.tensor(np.zeros(shape, np.float32)))
+    with pytest.raises(Exception, match="float32"):
+        machine["main"](tvm.runtime.tensor(residual.x.astype(np.int8)))
+
+
 def test_export_links_as_it_is_told(sequential, tmp_path):
     linked = []
 

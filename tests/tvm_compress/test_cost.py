@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tvm_compress.cost.features import FEATURE_NAMES, analytic_cost, kernel_vector
-from tvm_compress.cost.latency_model import MIN_ROWS, KernelRow, LatencyModel
+from tvm_compress.cost.latency_model import MIN_ROWS, LatencyModel
 from tvm_compress.errors import StudyError
 
 
@@ -49,13 +49,18 @@ def true_time(kernel: Kernel) -> float:
     return kernel.features["macs"] / rate * fill + 2e-6
 
 
+def fitted(some: list[Kernel], **options) -> LatencyModel:
+    model = LatencyModel("seconds", **options)
+    return model.fit(model.rows_of(some, [true_time(k) for k in some]))
+
+
 def test_model_predicts_kernels_that_it_never_saw():
     seen, unseen = kernels(80), kernels(40, seed=1)
-    model = LatencyModel("seconds").fit([KernelRow.of(k, true_time(k)) for k in seen])
+    model = fitted(seen)
     assert model.trained
     predicted, true = np.array(model.predict_kernels(unseen)), np.array([true_time(k) for k in unseen])
     assert np.median(np.abs(predicted / true - 1)) < 0.1
-    untrained = LatencyModel("seconds").fit([KernelRow.of(k, true_time(k)) for k in seen[: MIN_ROWS - 1]])
+    untrained = fitted(seen[: MIN_ROWS - 1])
     assert not untrained.trained
     rough = np.array(untrained.predict_kernels(unseen))
     assert np.median(np.abs(np.log(rough / true))) < np.log(4)
@@ -72,8 +77,7 @@ def test_network_is_the_calibrated_sum_of_its_kernels_and_known_ones_count_as_me
 
 
 def test_the_same_rows_give_the_same_model_also_from_disk(tmp_path):
-    rows = [KernelRow.of(k, true_time(k)) for k in kernels(40)]
-    first, second = (LatencyModel("seconds", provenance={"device": "local"}).fit(rows) for _ in range(2))
+    first, second = (fitted(kernels(40), provenance={"device": "local"}) for _ in range(2))
     asked = kernels(10, seed=3)
     assert first.predict_kernels(asked) == second.predict_kernels(asked)
     first.calibration = 1.25
@@ -92,8 +96,28 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
 
 
 def test_useless_rows_do_not_count():
-    rows = [KernelRow.of(k, value) for k, value in zip(kernels(3), (float("nan"), 0.0, 1.0), strict=True)]
-    assert LatencyModel("seconds").fit(rows).rows == 1
+    model = LatencyModel("seconds")
+    assert model.fit(model.rows_of(kernels(3), (float("nan"), 0.0, 1.0))).rows == 1
+
+
+def test_a_model_that_was_fitted_before_leaves_only_the_difference_to_learn(tmp_path):
+    """On a device that is twice as fast, a few kernels are enough for what the first took many."""
+    prior = fitted(kernels(80))
+    few, asked = kernels(6, seed=5), kernels(20, seed=6)
+    model = LatencyModel("seconds", prior=prior)
+    model.fit(model.rows_of(few, [0.5 * true_time(k) for k in few]))
+    assert not model.trained
+    expected = 0.5 * np.array([true_time(k) for k in asked])
+    assert np.median(np.abs(model.predict_kernels(asked) / expected - 1)) < 0.1
+    assert [e for _, e in model.predict_with_errors(asked)] == [
+        e for _, e in prior.predict_with_errors(asked)
+    ]
+    many = kernels(40, seed=7)
+    model.fit(model.rows_of(many, [0.5 * true_time(k) for k in many]))
+    assert model.trained
+    assert np.median(np.abs(model.predict_kernels(asked) / expected - 1)) < 0.1
+    model.save(tmp_path / "model.json")
+    assert LatencyModel.load(tmp_path / "model.json").predict_kernels(asked) == model.predict_kernels(asked)
 
 
 def test_vector_names_every_number_and_takes_unknown_kinds():

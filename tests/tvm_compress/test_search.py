@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tvm_compress.compressor import Compressor, Training
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.data.dataset import Dataset, Split
 from tvm_compress.errors import DataError, ModelError, SettingError, StudyError
 from tvm_compress.finetune import finetune
@@ -241,6 +242,24 @@ def test_hybrid_measures_the_first_and_predicts_or_sums_up_others(model, split, 
     assert saved["unit"] == "seconds"
     assert saved["rows"] > 5
     assert all(0.02 < t.result.ratio < 10 for t in result.trials)
+
+
+def test_a_search_starts_from_a_latency_model_that_was_fitted_before(model, split, tmp_path):
+    settings = dataclasses.replace(SETTINGS, latency="hybrid", episodes=4, finetune_epochs=0, refine=1)
+    given = LatencyModel("seconds").fit([])
+    run_search(model, split, settings, tmp_path / "study", latency_model=given)
+    assert LatencyModel.load(tmp_path / "study" / "latency_model.json").prior == given
+    with pytest.raises(StudyError, match="latency_model"):
+        run_search(model, split, settings, tmp_path / "study")
+
+
+def test_a_latency_model_that_nothing_uses_or_of_another_device_is_refused(model, split, tmp_path):
+    given = LatencyModel("estimated_cycles").fit([])
+    with pytest.raises(SettingError, match="measure"):
+        run_search(model, split, SETTINGS, tmp_path, latency_model=given)
+    hybrid = dataclasses.replace(SETTINGS, latency="hybrid")
+    with pytest.raises(SettingError, match="estimated_cycles"):
+        run_search(model, split, hybrid, tmp_path, latency_model=given)
 
 
 def test_kernels_are_timed_once_and_summed_up(model, split, tmp_path):

@@ -21,6 +21,7 @@ from tvm_compress.cli.options import (
     ThreadsOption,
 )
 from tvm_compress.cli.output import print_json, print_lines, print_table, search_progress
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.finetune import AUGMENTATIONS
 from tvm_compress.report.html import table_rows
@@ -77,6 +78,9 @@ def search(
         Path | None,
         typer.Option(help="Curvature of this model (compress --save-curvature) for the agent to see."),
     ] = None,
+    cost_model: Annotated[
+        Path | None, typer.Option(help="Latency model (cost fit) that --latency hybrid starts from.")
+    ] = None,
     studies: StudiesOption = Path("runs"),
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -111,6 +115,7 @@ def search(
             targets=artifact or (),
             progress=progress,
             curvature=None if curvature is None else Curvature.load(curvature),
+            latency_model=None if cost_model is None else LatencyModel.load(cost_model),
         )
     _print(outcome, as_json)
 

@@ -4,8 +4,9 @@ The model predicts how far a kernel is from an analytic cost (`features.analytic
 unlike all that were measured still gets the right order of magnitude. Several boosters, each fitted to
 another part of the rows, give a mean and an error: how far they are apart, scaled by how far they were
 off on the rows that each had not seen. With too few measured kernels the model is the analytic cost
-alone, scaled to them, and says so (`trained` is False). One thread and a seed: the same rows give the
-same model.
+alone, scaled to them, and says so (`trained` is False). A model that was fitted before may take the analytic
+cost's place: then only what differs from it is learned. One thread and a seed: the same rows give the same
+model.
 """
 
 import json
@@ -22,7 +23,7 @@ from tvm_compress.cost.features import FEATURE_NAMES, Kernel, analytic_cost, ker
 from tvm_compress.errors import StudyError
 from tvm_compress.files import write_text
 
-VERSION = 2
+VERSION = 3
 
 # Fewer distinct kernels than this cannot tell shapes from noise.
 MIN_ROWS = 24
@@ -46,27 +47,25 @@ _PARAMETERS = {
     "verbosity": 0,
 }
 _ROUNDS = 300
+# What a file holds of a model besides its boosters and its prior.
+_STORED = ("unit", "seed", "provenance", "rows", "scale", "calibration", "error_scale")
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One measured kernel: its features [F], its analytic cost, and the time of one call."""
+    """One measured kernel: its features [F], its expected time without a fit, and the time of one call."""
 
     vector: tuple[float, ...]
     bound: float
     value: float
-
-    @classmethod
-    def of(cls, kernel: Kernel, value: float) -> "KernelRow":
-        """Row of a kernel whose call takes `value`."""
-        return cls(tuple(float(v) for v in kernel_vector(kernel)), analytic_cost(kernel), float(value))
 
 
 @dataclass
 class LatencyModel:
     """Predicts latencies in `unit` ("seconds" or "estimated_cycles"); the two never mix in one model.
 
-    `provenance` says on what and from what the rows were measured; it is saved with the model.
+    `provenance` says on what and from what the rows were measured; it is saved with the model, as is `prior`,
+    the model that stands in for the analytic cost.
     """
 
     unit: str
@@ -77,12 +76,28 @@ class LatencyModel:
     calibration: float = 1.0
     #: Factor from the boosters' disagreement to the error on rows that they had not seen.
     error_scale: float = 1.0
+    prior: "LatencyModel | None" = None
     _boosters: list[Any] = field(default_factory=list)
 
     @property
     def trained(self) -> bool:
         """Whether there were enough rows for more than the analytic cost."""
         return bool(self._boosters)
+
+    def rows_of(self, kernels: Sequence[Kernel], values: Sequence[float]) -> list[KernelRow]:
+        """Rows to fit to, of kernels whose calls take `values`."""
+        bounds = self._expected(kernels)[0]
+        return [
+            KernelRow(tuple(float(v) for v in kernel_vector(kernel)), float(bound), float(value))
+            for kernel, bound, value in zip(kernels, bounds, values, strict=True)
+        ]
+
+    def _expected(self, kernels: Sequence[Kernel]) -> tuple[np.ndarray, np.ndarray]:
+        """Times of kernels as they are expected without a fit, up to a common factor, and their errors."""
+        if self.prior is None:
+            return np.asarray([analytic_cost(k) for k in kernels]), np.full(len(kernels), UNTRAINED_ERROR)
+        found = np.asarray(self.prior.predict_with_errors(kernels)).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
 
     def fit(self, rows: Sequence[KernelRow]) -> "LatencyModel":
         """Fit to measured kernels, given in a fixed order. Returns the model itself.
@@ -131,12 +146,12 @@ class LatencyModel:
 
     def predict_with_errors(self, kernels: Sequence[Kernel]) -> list[tuple[float, float]]:
         """Time of one call of each kernel, and its standard error as a share of it."""
-        bounds = np.asarray([analytic_cost(kernel) for kernel in kernels])
-        if not self._boosters or not len(kernels):
-            return [(float(v), UNTRAINED_ERROR) for v in bounds * self.scale]
-        each = self._predict_each(np.stack([kernel_vector(kernel) for kernel in kernels]))
-        errors = np.maximum(self.error_scale * each.std(axis=0), LEAST_ERROR)
-        values = bounds * np.exp(each.mean(axis=0))
+        bounds, errors = self._expected(kernels)
+        values = bounds * self.scale
+        if self._boosters and len(kernels):
+            each = self._predict_each(np.stack([kernel_vector(kernel) for kernel in kernels]))
+            errors = np.maximum(self.error_scale * each.std(axis=0), LEAST_ERROR)
+            values = bounds * np.exp(each.mean(axis=0))
         return [(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
 
     def sum_kernels(
@@ -162,19 +177,15 @@ class LatencyModel:
         """Write JSON, with provenance and the version of xgboost."""
         import xgboost
 
-        values = {
-            "version": VERSION,
-            "unit": self.unit,
-            "seed": self.seed,
-            "rows": self.rows,
-            "scale": self.scale,
-            "calibration": self.calibration,
-            "error_scale": self.error_scale,
-            "features": list(FEATURE_NAMES),
-            "provenance": self.provenance | {"xgboost": xgboost.__version__},
-            "boosters": [json.loads(booster.save_raw("json")) for booster in self._boosters],
-        }
+        values = {"version": VERSION, "features": list(FEATURE_NAMES), **self.to_dict()}
+        values["provenance"] = self.provenance | {"xgboost": xgboost.__version__}
         write_text(path, json.dumps(values) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: all that predictions depend on, and the provenance."""
+        numbers = {name: getattr(self, name) for name in _STORED}
+        boosters = [json.loads(booster.save_raw("json")) for booster in self._boosters]
+        return numbers | {"boosters": boosters, "prior": self.prior and self.prior.to_dict()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LatencyModel":
@@ -195,8 +206,13 @@ class LatencyModel:
             raise StudyError(
                 f"The latency model {path} is of another version ({version!r}) of this tool.", hint
             )
-        model = cls(values["unit"], values["seed"], values["provenance"], values["rows"], values["scale"])
-        model.calibration, model.error_scale = values["calibration"], values["error_scale"]
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LatencyModel":
+        """Model from `to_dict`'s values."""
+        prior = cls.from_dict(values["prior"]) if values["prior"] else None
+        model = cls(**{name: values[name] for name in _STORED}, prior=prior)
         if values["boosters"]:
             import xgboost
 

@@ -14,7 +14,7 @@ import numpy as np
 import tvm
 
 from tvm_compress.errors import DeviceError
-from tvm_compress.passes.pipeline import Compiled, build
+from tvm_compress.passes.pipeline import Compiled, build, code_generation
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import ArgumentSpecs, Device, LatencyResult, MeasurementSettings, Session
@@ -187,7 +187,8 @@ class LatencyMeter:
     def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
         functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
         path = self._folder / "kernels.so"
-        compiled = tvm.compile(tvm.IRModule(functions), self.target)
+        with code_generation():
+            compiled = tvm.compile(tvm.IRModule(functions), self.target)
         compiled.export_library(str(path), fcompile=self._linker())
         return path
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from tvm.target import Target
 
-from tvm_compress.cost.latency_model import KernelRow, LatencyModel
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.model import Model
 from tvm_compress.passes.pipeline import build, lower
 from tvm_compress.passes.policy import fingerprint
 from tvm_compress.rpc.device import Device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
-from tvm_compress.schedules.kernel_key import target_digest
+from tvm_compress.schedules.kernel_key import key_ending
 from tvm_compress.schedules.target_rules import rules_for
 from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
 from tvm_compress.search.sampling import KernelSampler, random_policy, subject_of
@@ -36,12 +36,16 @@ class MeasuredKernel:
 
 
 def stored_kernels(store: MeasurementStore, device: Device, target: Target) -> list[MeasuredKernel]:
-    """Kernels for a target that a device has timed, in the order of their keys; the newest time counts."""
+    """Kernels for a target that a device has timed, in the order of their keys; the newest time counts.
+
+    Those of older schedules are left out.
+    """
     found = {}
+    ending = key_ending(target)
     for row in store.rows():
         facts, result = row["provenance"], row["result"]
         key = row["key"].removeprefix(KERNEL_PREFIX)
-        if row["device"] == device.stored_as and "features" in facts and f"-{target_digest(target)}-" in key:
+        if row["device"] == device.stored_as and "features" in facts and key.endswith(ending):
             found[key] = MeasuredKernel(key, facts["kind"], facts["features"], result.value)
     return [found[key] for key in sorted(found)]
 
@@ -62,7 +66,7 @@ def fit_latency_model(
     model = LatencyModel(meter.device.unit, seed)
     while True:
         known = stored_kernels(meter.store, meter.device, meter.target)
-        model.fit([KernelRow.of(kernel, kernel.value) for kernel in known])
+        model.fit(model.rows_of(known, [kernel.value for kernel in known]))
         progress(min(len(known), count), count)
         if len(known) >= count:
             break

@@ -9,6 +9,7 @@ import tvm
 import tvm_ffi
 
 from tvm_compress.cost.latency_model import KernelRow, LatencyModel
+from tvm_compress.errors import SettingError
 from tvm_compress.passes.pipeline import build, lower
 from tvm_compress.rpc.device import LatencyResult
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
@@ -172,14 +173,23 @@ class HybridLatency(KernelLatency):
     networks are measured as in `KernelLatency`; with them, some known kernels are timed again to see a drift.
     """
 
-    def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
+    def __init__(
+        self, meter: LatencyMeter, settings: SearchSettings, prior: LatencyModel | None = None
+    ) -> None:
         super().__init__(meter, settings)
+        unit = meter.device.unit
+        if prior is not None and prior.unit != unit:
+            raise SettingError(
+                f"The latency model predicts {prior.unit}, but {meter.device.name} measures {unit}.",
+                "Give one that was fitted on this device.",
+            )
         self._rows: dict[str, KernelRow] = {}
         # (accuracy, ratio) of every episode so far.
         self._points: list[tuple[float, float]] = []
         #: Changes that all times were corrected by, as shares.
         self.drifts: list[float] = []
-        self.model = LatencyModel(meter.device.unit, settings.seed, {"device": meter.device.name})
+        facts = {"device": meter.device.name}
+        self.model = LatencyModel(unit, settings.seed, facts, prior=prior)
 
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """See `LatencySource`."""
@@ -208,9 +218,9 @@ class HybridLatency(KernelLatency):
         """As the other; a kernel that was timed once keeps its time, corrected for drift."""
         unknown = [kernel for kernel in kernels if kernel.key not in self._rows]
         times = super()._time(unknown)
-        for kernel in unknown:
-            if kernel.key in times:
-                self._rows[kernel.key] = KernelRow.of(kernel, times[kernel.key])
+        timed = [kernel for kernel in unknown if kernel.key in times]
+        rows = self.model.rows_of(timed, [times[kernel.key] for kernel in timed])
+        self._rows |= {kernel.key: row for kernel, row in zip(timed, rows, strict=True)}
         if times:
             self.model.fit([self._rows[key] for key in sorted(self._rows)])
         return {k.key: self._rows[k.key].value for k in kernels if k.key in self._rows}

@@ -14,8 +14,9 @@ import tvm
 
 import tvm_compress
 from tvm_compress.compressor import Compressor, Training
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.data.dataset import Dataset, Split
-from tvm_compress.errors import DataError, ModelError
+from tvm_compress.errors import DataError, ModelError, SettingError
 from tvm_compress.fastlc.curvature import Curvature
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.model import Model
@@ -73,6 +74,7 @@ def run_search(
     study_dir: Path,
     progress: Progress = no_progress,
     curvature: Curvature | None = None,
+    latency_model: LatencyModel | None = None,
 ) -> SearchResult:
     """Search a policy for a model, or go on with the study that stands in `study_dir`.
 
@@ -86,6 +88,9 @@ def run_search(
         Directory of the study, see `study`.
     curvature
         Of this model, as Fast LC saves it: two more numbers of each site that the agent sees.
+    latency_model
+        Fitted before, by `cost fit` or by another search: with "hybrid" latencies it predicts kernels from
+        the start, and what this search measures corrects it.
 
     Raises
     ------
@@ -94,6 +99,11 @@ def run_search(
     ModelError, DataError, SettingError, TargetError, DeviceError
         Whatever does not fit.
     """
+    if latency_model is not None and settings.latency != "hybrid":
+        raise SettingError(
+            f"A latency model is given, but latencies are taken by {settings.latency!r}.",
+            'Only "hybrid" predicts (--latency hybrid).',
+        )
     if get_stage(model.module) != "float":
         raise ModelError(
             "The model is compressed already.", "Search with the dense model that it was made from."
@@ -102,11 +112,19 @@ def run_search(
         if not len(part):
             raise DataError(f"There are no {name} images.", "A search needs training and validation images.")
     seen = {} if curvature is None else curvature_statistics(model.module, curvature)
-    with Study(study_dir, settings, _facts(model, split, seen)) as study:
-        return _Search(model, split, study, progress, seen).run()
+    facts = _facts(model, split) | {"curvature": _digest(seen), "latency_model": _digest(latency_model)}
+    with Study(study_dir, settings, facts) as study:
+        return _Search(model, split, study, progress, seen, latency_model).run()
 
 
-def _facts(model: Model, split: Split, curvature: CurvatureStatistics) -> dict[str, str]:
+def _digest(given: CurvatureStatistics | LatencyModel | None) -> str:
+    if not given:
+        return "none"
+    values = given.to_dict() if isinstance(given, LatencyModel) else given
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _facts(model: Model, split: Split) -> dict[str, str]:
     """What must not change within a study besides the settings."""
     parameters = hashlib.sha256()
     for name, value in get_params(model.module).items():
@@ -118,16 +136,17 @@ def _facts(model: Model, split: Split, curvature: CurvatureStatistics) -> dict[s
         "model": fingerprint(find_sites(model.module)),
         "parameters": parameters.hexdigest()[:16],
         "data": data.hexdigest()[:16],
-        "curvature": hashlib.sha256(json.dumps(curvature).encode()).hexdigest()[:16] if curvature else "none",
         "tvm": tvm.__version__,
         "torch": torch.__version__,
         "tvm_compress": tvm_compress.__version__,
     }
 
 
-def _latency_source(meter: LatencyMeter, settings: SearchSettings) -> LatencySource:
+def _latency_source(
+    meter: LatencyMeter, settings: SearchSettings, latency_model: LatencyModel | None
+) -> LatencySource:
     if settings.latency == "hybrid":
-        return HybridLatency(meter, settings)
+        return HybridLatency(meter, settings, latency_model)
     return KernelLatency(meter, settings) if settings.latency == "kernels" else MeasuredLatency(meter)
 
 
@@ -165,9 +184,10 @@ class _Search:
         study: Study,
         progress: Progress,
         curvature: CurvatureStatistics,
+        latency_model: LatencyModel | None,
     ) -> None:
         self.model, self.split, self.study, self.progress = model, split, study, progress
-        self.curvature = curvature
+        self.curvature, self.latency_model = curvature, latency_model
         self.settings = study.settings
         self.images = _Images.draw(split, self.settings)
         self.validation = self.images.validation.normalized()
@@ -184,7 +204,7 @@ class _Search:
         with self._meter(device, store, SHORT) as meter:
             with self._timed("dense"):
                 dense = self._dense(meter)
-            source = _latency_source(meter, settings)
+            source = _latency_source(meter, settings, self.latency_model)
             evaluator = self._evaluator(compressor, source, meter)
             with self._timed("episodes"):
                 trials = self._episodes(problem, evaluator)
