@@ -72,8 +72,8 @@ class FormulaEvaluator:
         ) / len(kept)
         return EpisodeResult(0.5 + 0.4 * cost, cost * 0.01, cost, "measured", "seconds", {"macs": 1e6 * cost})
 
-    def ratio(self, policy: CompressionPolicy, episode: int) -> float:
-        return self.evaluate(policy, episode).ratio
+    def ratio(self, policy: CompressionPolicy) -> float:
+        return self.evaluate(policy, 0).ratio
 
     def state_dict(self) -> dict[str, Any]:
         return {"calls": self.calls}

@@ -5,13 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import tvm
 
 from tvm_compress.compressor import Candidate, Compressor, Training
 from tvm_compress.metrics.cost import metrics
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.search.latency import structure_key
-from tvm_compress.search.latency_sources import Latency, LatencySource
+from tvm_compress.search.latency_sources import LatencySource
 from tvm_compress.search.results import MEASURED, EpisodeResult
 from tvm_compress.twin import Twin
 
@@ -68,16 +67,9 @@ class CompressionEvaluator:
             self._seen[key] = result
         return result
 
-    def ratio(self, policy: CompressionPolicy, episode: int) -> float:
+    def ratio(self, policy: CompressionPolicy) -> float:
         """Latency of a policy over the dense model's; nothing is trained for it."""
-        module = self._compressor.apply(policy).integer_module
-        return self._latency(module, self.key(policy), episode, 0.0).ratio
-
-    def _latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
-        begin = time.perf_counter()
-        found = self._source.latency(module, key, episode, accuracy)
-        self.latency_seconds.append(time.perf_counter() - begin)
-        return found
+        return self._source.ratio(self._compressor.apply(policy).integer_module, self.key(policy))
 
     def key(self, policy: CompressionPolicy) -> str:
         """Key of a policy's structure on this model and device."""
@@ -86,7 +78,9 @@ class CompressionEvaluator:
     def judge(self, candidate: Candidate, key: str, episode: int) -> EpisodeResult:
         """Accuracy, latency and costs of a candidate."""
         accuracy = Twin(candidate.integer_module).accuracy(self._x, self._y)
-        latency = self._latency(candidate.integer_module, key, episode, accuracy)
+        begin = time.perf_counter()
+        latency = self._source.latency(candidate.integer_module, key, episode, accuracy)
+        self.latency_seconds.append(time.perf_counter() - begin)
         costs = metrics(candidate.module, candidate.policy)
         return EpisodeResult(accuracy, latency.value, latency.ratio, latency.kind, self._unit, costs)
 

@@ -70,7 +70,7 @@ class Judge(Protocol):
         """Result of a policy."""
         ...
 
-    def ratio(self, policy: CompressionPolicy, episode: int) -> float:
+    def ratio(self, policy: CompressionPolicy) -> float:
         """Latency of a policy over the dense model's."""
         ...
 
@@ -85,15 +85,15 @@ class _Step:
 
 
 class BudgetFit:
-    """Makes policies finer and wider, or narrower, until they use the budget, each step measured.
+    """Makes policies finer and wider, or narrower, until they use the budget; the last of each is measured.
 
     Parameters
     ----------
     rules
         Of the target: changed widths may make bit-serial sites legal or not.
     evaluator
-        One that measures thoroughly: of many short measurements (or predictions) those that look best are
-        also the luckiest, and what is chosen by them alone would miss the budget on the day.
+        One that measures what it evaluates thoroughly: of many short measurements (or predictions) those that
+        look best are also the luckiest, and what is chosen by them alone would miss the budget on the day.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class BudgetFit:
     def fit(self, trial: Trial) -> Trial:
         """Measure a trial again, with the most bits that cost nothing, and narrow it to the budget."""
         policy, budget = trial.policy, self._settings.budget
-        ratio = self._evaluator.ratio(policy, trial.episode)
+        ratio = self._evaluator.ratio(policy)
         finer = self._with_most_bits(policy)
         if finer is not None:
-            with_more = self._evaluator.ratio(finer, trial.episode)
+            with_more = self._evaluator.ratio(finer)
             if with_more <= max(budget, ratio * (1 + BUDGET_TOLERANCE)):
                 policy, ratio = finer, with_more
         if not meets_budget(ratio, budget):
-            policy = self._narrowed(policy, ratio, trial.episode)
+            policy = self._narrowed(policy, ratio)
         return self._judged(trial, policy)
 
     def fit_balanced(self, trial: Trial) -> Trial | None:
@@ -138,13 +138,13 @@ class BudgetFit:
         policy, full = trial.policy, set[str]()
         while options := [step for step in self._steps(policy, wider=True) if step.group not in full]:
             step = max(options, key=lambda one: (one.price, one.group))
-            if self._evaluator.ratio(step.policy, trial.episode) <= self._settings.budget:
+            if self._evaluator.ratio(step.policy) <= self._settings.budget:
                 policy = step.policy
             else:
                 full.add(step.group)
         return trial if policy == trial.policy else self._judged(trial, policy)
 
-    def _narrowed(self, policy: CompressionPolicy, ratio: float, episode: int) -> CompressionPolicy:
+    def _narrowed(self, policy: CompressionPolicy, ratio: float) -> CompressionPolicy:
         """Take as few channels as meet the budget: of ever narrower policies the first that does."""
         path = [policy]
         while (narrower := self._narrower(path[-1])) is not None:
@@ -159,7 +159,7 @@ class BudgetFit:
             wanted = macs[low] - share * (macs[low] - macs[high])
             middle = next(i for i in range(low + 1, high + 1) if macs[i] <= wanted or i == high)
             middle = min(max(middle, low + 1), high - 1)
-            ratio = self._evaluator.ratio(path[middle], episode)
+            ratio = self._evaluator.ratio(path[middle])
             if meets_budget(ratio, self._settings.budget):
                 high, fast = middle, ratio
             else:

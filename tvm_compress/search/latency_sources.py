@@ -46,6 +46,10 @@ class LatencySource(Protocol):
         """Latency of an integer (or float) module with the structure `key`."""
         ...
 
+    def ratio(self, module: tvm.IRModule, key: str) -> float:
+        """Latency over the dense model's, where many modules differ by little and the last is measured."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return what later answers depend on."""
         ...
@@ -56,14 +60,21 @@ class LatencySource(Protocol):
 
 
 class MeasuredLatency:
-    """Builds and measures every policy that was not measured before."""
+    """Builds and measures every policy that was not measured before; sums of kernels may tell its ratios."""
 
-    def __init__(self, meter: LatencyMeter) -> None:
+    def __init__(self, meter: LatencyMeter, kernels: "KernelLatency | None" = None) -> None:
         self._meter = meter
+        self._kernels = kernels
 
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """See `LatencySource`."""
         return _whole(self._meter, module, key)
+
+    def ratio(self, module: tvm.IRModule, key: str) -> float:
+        """See `LatencySource`."""
+        if self._kernels is not None:
+            return self._kernels.ratio(module, key)
+        return _whole(self._meter, module, key).ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: what was measured is in the store."""
@@ -103,6 +114,11 @@ class KernelLatency:
             kernels = kernel_infos(lowered, self._meter.target)
             return self._check(lowered, kernels, key, self._time(kernels))
         return self._estimate(self._kernels_of(module), accuracy)
+
+    def ratio(self, module: tvm.IRModule, key: str) -> float:
+        """See `LatencySource`; kernels that were not timed yet are."""
+        kernels = self._kernels_of(module)
+        return self._summed(kernels, self._time(kernels)).ratio
 
     def _kernels_of(self, module: tvm.IRModule) -> list[KernelInfo]:
         """Kernels of a module; a search comes back to policies that it likes, and so to the same module."""

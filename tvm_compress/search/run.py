@@ -211,9 +211,11 @@ class _Search:
             self.seconds["latency"] = round(sum(evaluator.latency_seconds), 3)
             if isinstance(source, HybridLatency):
                 source.model.save(self.study.path / "latency_model.json")
-        with self._timed("refinement"), self._meter(device, store, THOROUGH) as meter:
-            self._dense(meter)
-            refined = self._refine(trials, problem, compressor, meter)
+            with self._timed("refinement"), self._meter(device, store, THOROUGH) as thorough:
+                self._dense(thorough)
+                kernels = source if isinstance(source, KernelLatency) else None
+                evaluator = self._evaluator(compressor, MeasuredLatency(thorough, kernels), thorough, True)
+                refined = self._refine(trials, problem, compressor, evaluator)
         best_trial = best_of(trials)
         assert best_trial is not None
         best = best_refined(refined, settings.budget)
@@ -320,12 +322,15 @@ class _Search:
         return run_episodes(self.study, env, agent, evaluator, self.progress)
 
     def _refine(
-        self, trials: list[Trial], problem: SearchProblem, compressor: Compressor, meter: LatencyMeter
+        self,
+        trials: list[Trial],
+        problem: SearchProblem,
+        compressor: Compressor,
+        evaluator: CompressionEvaluator,
     ) -> list[Refined]:
         def tell(done: int, total: int, text: str) -> None:
             self.progress(ProgressEvent("refine", done, total, text=text))
 
-        evaluator = self._evaluator(compressor, MeasuredLatency(meter), meter, last=True)
         fit = BudgetFit(problem, rules_for(self.target), evaluator, self.settings)
         winners = likely_winners(trials, self.settings)
         balanced = fit.fit_balanced(winners[0])
