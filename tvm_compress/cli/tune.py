@@ -8,7 +8,7 @@ import typer
 
 from tvm_compress.cli.cost import default_target
 from tvm_compress.cli.options import DebugOption, DeviceOption, JsonOption, ModelArgument, ThreadsOption
-from tvm_compress.cli.output import print_json, print_lines, print_table
+from tvm_compress.cli.output import print_json, print_lines
 from tvm_compress.model import load_model
 from tvm_compress.report.html import format_latency
 from tvm_compress.rpc.device import open_device
@@ -61,7 +61,7 @@ def tune(
     print_lines(
         [
             f"{changed} of {len(layers)} layers are faster by another choice than the default; "
-            f"all together they take {value / default:.3f} of the default's time",
+            f"all together they take {value / default:.3f} of what the defaults take",
             f"tuning database: {output}",
             f"next: tvm-compress compile {model} --target {target or default_target(device)} "
             f"--tuning {output} -o ARTIFACT",
@@ -70,17 +70,20 @@ def tune(
 
 
 def _print_layers(device: str, layers: Sequence[TunedLayer]) -> None:
-    rows = [
-        (
-            one.layer,
-            _text(one.choice) if one.choice != one.default else "default",
-            format_latency(one.value, one.unit),
-            format_latency(one.default_value, one.unit),
-            f"{one.value / one.default_value:.3f}",
-        )
-        for one in layers
+    """Print a line for each layer, as their descriptions are long."""
+    lines = [
+        "",
+        f"layers on {device}",
+        f"{'ratio':>5}  {'choice':<20}  {'default':<20}  takes, by default, layer",
     ]
-    print_table(f"layers on {device}", ("layer", "choice", "takes", "default takes", "ratio"), rows)
+    for one in layers:
+        times = (format_latency(value, one.unit) for value in (one.value, one.default_value))
+        choice = _text(one.choice) if one.choice != one.default else "the default"
+        lines.append(
+            f"{one.value / one.default_value:5.3f}  {choice:<20}  {_text(one.default):<20}  "
+            f"{', '.join(times)}, {one.layer}"
+        )
+    print_lines([*lines, ""])
 
 
 def _text(choice: Choice) -> str:
