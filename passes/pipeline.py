@@ -33,7 +33,7 @@ from tvm_compress.schedules.apply import (
     kernel_infos,
     lower_to_kernels,
 )
-from tvm_compress.schedules.candidates import layer_candidates
+from tvm_compress.schedules.candidates import check_kernels, layer_candidates
 from tvm_compress.schedules.choices import NO_CHOICES, Choice, Choices
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.schedules.tuning import Tuning
@@ -172,7 +172,7 @@ def lower(
     KernelError
         Where a site has no kernel.
     TuningError
-        Where the tuning database cannot be read.
+        Where the tuning database cannot be read, or names a kernel that there is not.
     """
     run = _Phases(dump)
     parsed = parse_target(target)
@@ -190,7 +190,9 @@ def _choices(tuning: Folder | Tuning | Choices | None, target: Target) -> Choice
         return NO_CHOICES
     if isinstance(tuning, Choices):
         return tuning
-    return (tuning if isinstance(tuning, Tuning) else Tuning.load(Path(tuning))).choices(target)
+    choices = (tuning if isinstance(tuning, Tuning) else Tuning.load(Path(tuning))).choices(target)
+    check_kernels(choices)
+    return choices
 
 
 def candidates(module: IRModule, target: TargetLike) -> dict[str, list[list[Choice]]]:

@@ -6,6 +6,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from tvm_compress.errors import TuningError
 from tvm_compress.schedules import (
     bitserial,
     depthwise,
@@ -20,13 +21,28 @@ from tvm_compress.schedules import (
     winograd,
     winograd_plan,
 )
-from tvm_compress.schedules.choices import Choice, layer_key
+from tvm_compress.schedules.choices import Choice, Choices, layer_key
 from tvm_compress.schedules.intrin.narrow import narrow_dot_for
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
+from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, INTEGER_ALGORITHMS
 
 # Ways to cut a layer by kernel, the best by the kernel's own estimate first.
 Ways = dict[str, Iterable[tuple[int, ...]]]
+
+
+_KERNELS = {"direct", "depthwise", "narrow", "lookup", "popcount", *ALGORITHMS, *INTEGER_ALGORITHMS}
+
+
+def check_kernels(choices: Choices) -> None:
+    """Raise TuningError where a choice names no kernel."""
+    for layer, choice in choices.by_layer:
+        if choice.kernel not in _KERNELS:
+            raise TuningError(
+                f"The tuning chooses the kernel {choice.kernel!r} for the layer {layer!r}; there are "
+                f"{', '.join(sorted(_KERNELS))}.",
+                "Tune it again.",
+            )
 
 
 def layer_candidates(module: tvm.IRModule, rules: TargetRules) -> dict[str, list[list[Choice]]]:
@@ -81,9 +97,8 @@ def _float_ways(info: dict[str, Any], rules: TargetRules) -> Ways:
         return {}
     ways: Ways = {"direct": fp32.cuts(info, rules)}
     if winograd.applies(info):
-        numbers = winograd_plan.FLOATS
-        for name, algorithm in numbers.algorithms.items():
-            ways[name] = winograd_plan.cuts(rules, info, algorithm, numbers)
+        for name, algorithm in ALGORITHMS.items():
+            ways[name] = winograd_plan.cuts(rules, info, algorithm, winograd_plan.FLOATS)
     return ways
 
 

@@ -126,16 +126,17 @@ def find_layers(module: tvm.IRModule, target: tvm.target.Target, trials: int) ->
     lanes = rules_for(target).fp32_lanes
     layers: dict[str, _Layer] = {}
     for key, kernels in _by_layer(module, target, Choices()).items():
-        defaults = {choice_of(kernel.info, lanes) for kernel in kernels}
-        if key not in possible or len(defaults) > 1:
-            # Where the weights decide, layers of one key have different defaults, and keep them.
+        if key not in possible:
             continue
-        (default,) = defaults
+        # Where the weights decide, layers of one key have different defaults, and keep them.
+        default, *others = {choice_of(kernel.info, lanes) for kernel in kernels}
+        if others or not any(default in choices for choices in possible[key]):
+            continue
         # The default's kernel first.
         lists = sorted(possible[key], key=lambda each: bool(each) and each[0].kernel != default.kernel)
-        others = [choice for choice in round_robin(lists) if choice != default][:trials]
-        if others:
-            layers[key] = _Layer(default, [default, *others], {default: kernels})
+        tried = [choice for choice in round_robin(lists) if choice != default][:trials]
+        if tried:
+            layers[key] = _Layer(default, [default, *tried], {default: kernels})
     return layers
 
 

@@ -80,6 +80,12 @@ def test_what_is_of_other_versions_or_targets_is_ignored_with_a_warning(
     tvm.ir.assert_structural_equal(tuned, lower(module, HOST))
 
 
+def test_a_kernel_that_there_is_not_is_an_error() -> None:
+    module = with_stage(float_site((1, 12, 12, 16), 24, 3, 2), "integer")
+    with pytest.raises(TuningError, match=r"chooses the kernel 'magic'.*there are F2"):
+        lower(module, HOST, tuning=Tuning((entry(choice=Choice("magic", (1,))),)))
+
+
 def damaged(**changes: Any) -> str:
     content = json.loads(Tuning((entry(),)).to_json())
     content["layers"][0] |= changes
