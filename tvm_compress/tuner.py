@@ -6,7 +6,7 @@ tile, which blocks. What they choose by default is always among those that are m
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +16,7 @@ from tvm_compress.compressor import realize
 from tvm_compress.errors import DeviceError, SettingError, TuningError
 from tvm_compress.files import write_text
 from tvm_compress.model import Model
-from tvm_compress.passes.pipeline import candidates, lower
+from tvm_compress.passes.pipeline import build, candidates, lower
 from tvm_compress.rpc.device import Device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
@@ -173,7 +173,27 @@ def _tune(
     tell("measure the fastest once more")
     chosen = [kernel for key, layer in layers.items() for c in finalists[key] for kernel in layer.kernels[c]]
     times = _measure(meter, chosen, again=True)
-    return [_decide(key, layer, finalists[key], times, meter) for key, layer in layers.items()]
+    found = [_decide(key, layer, finalists[key], times, meter) for key, layer in layers.items()]
+    if all(one.choice == one.default for one in found):
+        return found
+    tell("measure the network beside its default")
+    if network_ratio(module, Choices.of({one.layer: one.choice for one in found}), meter) < 1:
+        return found
+    # Kernels in a network find other data in the caches than those that are timed alone.
+    tell("the network is not faster: the defaults stay")
+    return [_with_default(one, layers[one.layer]) for one in found]
+
+
+def network_ratio(module: tvm.IRModule, choices: Choices, meter: LatencyMeter) -> float:
+    """Latency of a network by some choices over its default, timed in turns; infinite where it fails."""
+    default = meter.set_dense(module, "default")
+    result = meter.measure(build(module, meter.target, tuning=choices), "tuned")
+    return result.value / default.value if result.ok else math.inf
+
+
+def _with_default(one: TunedLayer, layer: _Layer) -> TunedLayer:
+    kernels = tuple(sorted({kernel.key for kernel in layer.kernels[layer.default]}))
+    return replace(one, choice=one.default, value=one.default_value, kernels=kernels)
 
 
 def _measure(meter: LatencyMeter, kernels: Sequence[KernelInfo], again: bool = False) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tvm_compress import tuner
 from tvm_compress.artifact import Artifact
 from tvm_compress.cli.main import main
 from tvm_compress.errors import DeviceError, SettingError, TuningError
@@ -62,8 +63,11 @@ class FakeTimes:
         return found
 
 
-def tune(model: Model, path: Path, times: FakeTimes, trials: int = 4) -> dict[str, Any]:
-    with patch.object(LatencyMeter, "time_kernels", lambda *given, **named: times(*given, **named)):
+def tune(model: Model, path: Path, times: FakeTimes, trials: int = 4, network: float = 0.9) -> dict[str, Any]:
+    with (
+        patch.object(LatencyMeter, "time_kernels", lambda *given, **named: times(*given, **named)),
+        patch.object(tuner, "network_ratio", lambda *given: network),
+    ):
         return {one.layer: one for one in tune_model(model, HOST, open_device("local"), path, trials)}
 
 
@@ -91,6 +95,13 @@ def test_ties_and_failures_leave_the_default(model: Model, tmp_path: Path) -> No
     broken = next(name for name in ("F2", "F4") if name not in default)
     found = tune(model, tmp_path / "other.json", FakeTimes(best=broken, broken=broken))
     assert all(one.choice == one.default for one in found.values())
+
+
+def test_a_network_that_is_not_faster_keeps_its_defaults(model: Model, tmp_path: Path) -> None:
+    found = tune(model, tmp_path / "db.json", FakeTimes(best="F2"), network=1.01)
+    assert all(one.choice == one.default and one.value == one.default_value for one in found.values())
+    keys = {kernel.key for kernel in kernel_infos(lower(model.module, HOST), HOST)}
+    assert all(key in keys for one in found.values() for key in one.kernels)
 
 
 def test_a_device_that_fails_on_the_defaults_is_an_error(model: Model, tmp_path: Path) -> None:
