@@ -27,8 +27,16 @@ from tvm_compress.passes.prune_channels import PruneChannels
 from tvm_compress.passes.prune_weights import PruneWeights, find_masks
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.passes.sites import find_sites
-from tvm_compress.schedules.apply import KernelInfo, kernel_infos, lower_to_kernels
-from tvm_compress.schedules.target_rules import parse_target
+from tvm_compress.schedules.apply import (
+    KernelInfo,
+    fold_transposed_weights,
+    kernel_infos,
+    lower_to_kernels,
+)
+from tvm_compress.schedules.candidates import check_kernels, layer_candidates
+from tvm_compress.schedules.choices import NO_CHOICES, Choice, Choices
+from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.schedules.tuning import Tuning
 
 TargetLike: TypeAlias = str | Mapping[str, Any] | Target
 Calibrate: TypeAlias = Callable[[IRModule], ActivationRanges]
@@ -141,11 +149,21 @@ def compress(
 
 
 def lower(
-    module: IRModule, target: TargetLike, dump: Folder | None = None, compact: bool = False
+    module: IRModule,
+    target: TargetLike,
+    dump: Folder | None = None,
+    compact: bool = False,
+    tuning: Folder | Tuning | Choices | None = None,
 ) -> IRModule:
     """Choose and schedule the kernels: float, qdq or integer -> kernels; parameters become constants.
 
-    `compact` rules out kernels that are faster for keeping weights in a larger form.
+    Parameters
+    ----------
+    compact
+        Rule out kernels that are faster for keeping weights in a larger form.
+    tuning
+        What was measured to be the fastest for single layers: a tuning database, or the path of one. What it
+        has not, the rules decide. A `TuningWarning` tells where it has nothing for this target and version.
 
     Raises
     ------
@@ -153,10 +171,39 @@ def lower(
         Where the target is unknown.
     KernelError
         Where a site has no kernel.
+    TuningError
+        Where the tuning database cannot be read, or names a kernel that there is not.
     """
     run = _Phases(dump)
-    require_stage(module, "float", "qdq", "integer", what="lower")
     parsed = parse_target(target)
+    bound = _bind(module, run)
+    choices = _choices(tuning, parsed)
+
+    def to_kernels(one: IRModule) -> IRModule:
+        return with_stage(lower_to_kernels(one, parsed, compact, choices), "kernels")
+
+    return run("kernels", to_kernels, bound)
+
+
+def _choices(tuning: Folder | Tuning | Choices | None, target: Target) -> Choices:
+    if tuning is None:
+        return NO_CHOICES
+    if isinstance(tuning, Choices):
+        return tuning
+    choices = (tuning if isinstance(tuning, Tuning) else Tuning.load(Path(tuning))).choices(target)
+    check_kernels(choices)
+    return choices
+
+
+def candidates(module: IRModule, target: TargetLike) -> dict[str, list[list[Choice]]]:
+    """Return what `lower` can choose from for each layer, see `schedules.candidates.layer_candidates`."""
+    bound = fold_transposed_weights(_bind(module, _Phases(None)))
+    return layer_candidates(bound, rules_for(parse_target(target)))
+
+
+def _bind(module: IRModule, run: _Phases) -> IRModule:
+    """Bring a module of any stage to constants for parameters, as the kernels need it."""
+    require_stage(module, "float", "qdq", "integer", what="lower")
     if get_stage(module) != "integer":
         # In a QDQ module only the fp32 sites' batch norms: the quantized sites' go with their realisation.
         module = run("fold_batch_norm", FoldBatchNorm(), module)
@@ -165,11 +212,7 @@ def lower(
     module = run("bind_params", bind_params, module)
     if any(operator(value) == "relax.nn.batch_norm" for _, value in bindings(module["main"])):
         module = run("decompose_batch_norm", relax.transform.DecomposeOpsForInference(), module)
-
-    def to_kernels(one: IRModule) -> IRModule:
-        return with_stage(lower_to_kernels(one, parsed, compact), "kernels")
-
-    return run("kernels", to_kernels, module)
+    return module
 
 
 def code_generation() -> tvm.ir.transform.PassContext:
@@ -190,13 +233,17 @@ def code_generation() -> tvm.ir.transform.PassContext:
 
 
 def build(
-    module: IRModule, target: TargetLike, dump: Folder | None = None, compact: bool = False
+    module: IRModule,
+    target: TargetLike,
+    dump: Folder | None = None,
+    compact: bool = False,
+    tuning: Folder | Tuning | Choices | None = None,
 ) -> Compiled:
     """Compile a module of any stage from float on; see `lower` for the arguments and what it raises."""
     parsed = parse_target(target)
     if not get_stage(module):
         raise ModelError("The module is not canonical.", "Apply Canonicalize to what an importer gives.")
-    lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump, compact)
+    lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump, compact, tuning)
     kernels = kernel_infos(lowered, parsed)
     with code_generation():
         return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)

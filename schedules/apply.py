@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ from tvm_compress.schedules import (
     table,
     winograd,
 )
+from tvm_compress.schedules.choices import NO_CHOICES, Choices
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.kernel_key import kernel_key, target_digest
@@ -89,6 +90,9 @@ class KernelInfo:
         and what `counts.executed` counts.
     func
         The scheduled PrimFunc.
+    info
+        What its main block states (kernel.kernel_attrs), with "backend", the family that computes it; other
+        kernels have an "operator" only.
     """
 
     name: str
@@ -97,24 +101,31 @@ class KernelInfo:
     key: str
     features: dict[str, float]
     func: tirx.PrimFunc
+    info: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-def lower_to_kernels(module: tvm.IRModule, target: Target, compact: bool = False) -> tvm.IRModule:
+def lower_to_kernels(
+    module: tvm.IRModule, target: Target, compact: bool = False, choices: Choices = NO_CHOICES
+) -> tvm.IRModule:
     """Lower a Relax module with bound parameters to scheduled TIR; `relax.build` takes the result as it is.
 
     Parameters
     ----------
     compact
         Take no kernel that keeps its weights in a larger form, though it may be faster.
+    choices
+        What to take for single layers, in place of what the rules say.
 
     Raises
     ------
     KernelError
         Where a convolution or dense layer has no kernel: no fallback, as it would be 100 times slower.
+        Where a choice is none of those that there are.
     """
     ops.register()
     elementwise.allow_vector_rounding()
-    rules = replace(rules_for(target), compact=compact)
+    plain = replace(rules_for(target), compact=compact)
+    rules = replace(plain, choices=choices)
     module = fold_transposed_weights(module)
     _check_sites(module)
     with target:
@@ -129,7 +140,7 @@ def lower_to_kernels(module: tvm.IRModule, target: Target, compact: bool = False
             ]
         )(module)
     functions = {
-        gv: _schedule_once(func, rules, gv.name_hint) if isinstance(func, tirx.PrimFunc) else func
+        gv: _schedule_once(func, plain, gv.name_hint) if isinstance(func, tirx.PrimFunc) else func
         for gv, func in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)
@@ -312,7 +323,7 @@ def kernel_infos(module: tvm.IRModule, target: Target) -> list[KernelInfo]:
             _DESCRIBED[func, digest] = kernel_key(func, target), executed(func, rules.vector_bits)
         key, counts = _DESCRIBED[func, digest]
         features = _features(info, sites[0], rules) | counts
-        infos.append(KernelInfo(gv.name_hint, kind, len(sites), key, features, func))
+        infos.append(KernelInfo(gv.name_hint, kind, len(sites), key, features, func, info))
     return infos
 
 

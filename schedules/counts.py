@@ -138,8 +138,13 @@ def executed(func: tirx.PrimFunc, vector_bits: int) -> dict[str, float]:
     -------
     Every one of `NAMES`.
     """
+    return executed_in(func.body, vector_bits)
+
+
+def executed_in(stmt: tirx.Stmt, vector_bits: int, runs: int = 1) -> dict[str, float]:
+    """Count what so many runs of a statement of a scheduled kernel execute, as `executed`."""
     counter = _Counter(vector_bits)
-    counter.visit(func.body, _Loops())
+    counter.visit(stmt, _Loops(serial=runs))
     return counter.found
 
 

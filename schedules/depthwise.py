@@ -29,7 +29,7 @@ from tvm_compress.schedules.codebook import Weights
 from tvm_compress.schedules.depthwise_plan import (
     MOST_UNROLLED,
     Plan,
-    choose_plan,
+    cuts,
     form_for,
     pack_pairs,
     pack_taps,
@@ -53,8 +53,8 @@ def legalize_float(
 ) -> relax.Expr:
     """Replace a float32 depthwise convolution; `info` is its geometry (kernel.conv_geometry)."""
     form = form_for(rules, False, info["OC"])
-    plan = choose_plan(rules, form, info)
     info = info | {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "form": "float32"}
+    plan = rules.choices.cut(info, "depthwise", cuts(rules, form, info))
     info["plan"] = asdict(plan)
     packed = weight.packed(
         bb,
@@ -94,13 +94,8 @@ def legalize_integer(
         Where the sums may overflow int32.
     """
     form = form_for(rules, True, layer.out_channels)
-    info = layer.info() | {
-        "strides": list(layer.strides),
-        "dilation": list(layer.dilation),
-        "padding": list(layer.padding),
-        "form": form.name,
-    }
-    plan = choose_plan(rules, form, info)
+    info = layer.info() | {"form": form.name}
+    plan = rules.choices.cut(info, "depthwise", cuts(rules, form, info))
     info["plan"] = asdict(plan)
     low, high = (-128, 127) if layer.data_dtype == "int8" else (0, 255)
     # Bytes are multiplied signed.

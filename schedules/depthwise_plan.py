@@ -73,8 +73,11 @@ def form_for(rules: TargetRules, integer: bool, channels: int) -> Form:
     return Form("pairs", rules.vector_bits // 32, 4, 1)
 
 
-def choose_plan(rules: TargetRules, form: Form, info: dict[str, Any]) -> Plan:
-    """Return the cut for a layer, `info` being what `kernel_attrs` takes."""
+def cuts(rules: TargetRules, form: Form, info: dict[str, Any]) -> dict[tuple[int, ...], Plan]:
+    """Return the ways to cut a layer, by the numbers of a `Choice`, the best first.
+
+    `info` is what `kernel_attrs` takes.
+    """
     kh, kw = info["KH"], info["KW"]
     (sh, sw), (dh, dw) = info["strides"], info["dilation"]
     taps = kh * (-(-kw // 2) if form.name == "pairs" else kw)
@@ -108,8 +111,8 @@ def choose_plan(rules: TargetRules, form: Form, info: dict[str, Any]) -> Plan:
     if not fitting:
         fitting = [(divisors[0], chunks[0])]
     # Few rows are stored twice, then few passes over the input.
-    rows, chunk = min(fitting, key=lambda cut: (filled_per_row(cut[0]), -cut[1]))
-    return Plan(form.lanes, columns, rows, chunk)
+    fitting.sort(key=lambda cut: (filled_per_row(cut[0]), -cut[1]))
+    return {(columns, rows, chunk): Plan(form.lanes, columns, rows, chunk) for rows, chunk in fitting}
 
 
 def pack_taps(weight: np.ndarray, lanes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Direct float32 convolutions and dense layers: packed weights, register tiles, fused epilogues."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tvm_compress.schedules import depthwise, kernel, packing, sparse
 from tvm_compress.schedules.codebook import Weights, read_weights
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily, conv_geometry
 from tvm_compress.schedules.target_rules import TargetRules
+from tvm_compress.schedules.threads import LINE
 
 # The innermost reduction loops are unrolled up to this many iterations: enough for a first layer's single
 # input channel, while more only makes code that misses the instruction cache.
@@ -34,21 +35,40 @@ class Tile:
 
 
 def choose_tile(rules: TargetRules, rows: int, columns: int, channels: int, reduction: int) -> Tile:
-    """Return the tile with the least estimated cycles for an output of rows x columns x channels.
+    """Return the tile with the least estimated cycles, see `rank_tiles`."""
+    return rank_tiles(rules, rows, columns, channels, reduction)[0]
+
+
+def rank_tiles(rules: TargetRules, rows: int, columns: int, channels: int, reduction: int) -> list[Tile]:
+    """Return the tiles for an output of rows x columns x channels, by their estimated cycles.
 
     The estimate per step of the reduction is the greatest of multiply-add throughput, load throughput
     (one load per weight vector and per pixel) and multiply-add latency; overhanging parts of tiles count.
     """
-    lanes = rules.fp32_lanes
-    vectors = -(-channels // lanes)
-    best, best_cost = Tile(1, 1, 1), math.inf
+    vectors = -(-channels // rules.fp32_lanes)
+    costs = {}
     for v in range(1, min(_MAX_VECTORS, vectors) + 1):
         for th in range(1, min(4, rows) + 1):
             for tw in range(1, min(_MAX_PIXELS // th, columns) + 1):
                 cost = tile_cycles(rules, Tile(v, th, tw), rows, columns, channels, reduction)
-                if cost < best_cost:
-                    best, best_cost = Tile(v, th, tw), cost
-    return best
+                if cost < math.inf:
+                    costs[Tile(v, th, tw)] = cost
+    return sorted(costs, key=lambda tile: costs[tile])
+
+
+def cuts(info: Mapping[str, Any], rules: TargetRules) -> dict[tuple[int, ...], Tile]:
+    """Return the ways to cut a convolution or dense layer of one group, the best by estimated cycles first.
+
+    `info` is what kernel.kernel_attrs takes.
+    """
+    rows, columns = (1, info["N"]) if info["operator"] == "dense" else (info["OH"], info["OW"])
+    reduction = info["IC"] * info["KH"] * info["KW"]
+    return by_cut(rank_tiles(rules, rows, columns, info["OC"], reduction))
+
+
+def by_cut(tiles: Sequence[Tile]) -> dict[tuple[int, ...], Tile]:
+    """Return tiles by the numbers that a `Choice` names them by."""
+    return {(tile.rows, tile.columns, tile.vectors): tile for tile in tiles}
 
 
 def tile_cycles(
@@ -142,13 +162,16 @@ def _legalize_conv(
         groups = packing.merged_groups(groups, info["OC"] // groups, lanes)
         weight = Weights(packing.merge_groups(weight.array, info["groups"], groups))
     per_group = info["OC"] // groups
-    tile = choose_tile(rules, info["OH"], info["OW"], per_group, math.prod(weight.shape[1:]))
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "groups_left": groups}
+    if groups == 1:
+        tile = rules.choices.cut(info, "direct", cuts(info, rules))
+    else:
+        tile = choose_tile(rules, info["OH"], info["OW"], per_group, math.prod(weight.shape[1:]))
     block = tile.vectors * lanes
     if groups > 1:
         # A block must stay inside of its group.
         fitting = [size for size in range(lanes, block + 1, lanes) if per_group % size == 0]
         block = max(fitting, default=kernel.vector_factor(per_group, lanes))
-    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32, "groups_left": groups}
     info |= {"block": block, "tile": [tile.rows, tile.columns], "IC_per_group": weight.shape[1]}
     packed = weight.packed(
         bb,
@@ -201,9 +224,10 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
     rows = sparse.find_rows(weight.array, rules) if n == 1 and weight.codebook is None else None
     if rows is not None:
         return _sparse_dense(bb, call, rows, out)
-    tile = choose_tile(rules, 1, n, out, inputs)
+    info = dense_info(n, inputs, out)
+    tile = rules.choices.cut(info, "direct", cuts(info, rules))
     block = tile.vectors * rules.fp32_lanes
-    info = _dense_info(n, inputs, out) | {"block": block, "tile": [tile.columns]}
+    info |= {"block": block, "tile": [tile.columns]}
 
     def compute(x: te.Tensor, packed: te.Tensor) -> te.Tensor:
         rows, channels = _round_up(n, tile.columns), _round_up(out, block)
@@ -228,7 +252,8 @@ def _legalize_dense(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules
     )
 
 
-def _dense_info(n: int, inputs: int, out: int) -> dict[str, Any]:
+def dense_info(n: int, inputs: int, out: int) -> dict[str, Any]:
+    """Return the facts of a dense layer [n, inputs] -> [n, out] by the names of kernel.kernel_attrs."""
     return {
         "operator": "dense", "scheme": "fp32", "activation_bits": 32, "weight_bits": 32,
         "N": n, "H": 1, "W": 1, "IC": inputs, "OC": out, "OH": 1, "OW": 1, "KH": 1, "KW": 1, "stride": 1,
@@ -238,7 +263,7 @@ def _dense_info(n: int, inputs: int, out: int) -> dict[str, Any]:
 
 def _sparse_dense(bb: relax.BlockBuilder, call: relax.Call, rows: sparse.SparseRows, out: int) -> relax.Expr:
     # What is read and multiplied is that of a layer with as many inputs as the lists are long.
-    info = _dense_info(1, rows.values.shape[1], out) | {"block": rows.block, "tile": [1], "sparse": True}
+    info = dense_info(1, rows.values.shape[1], out) | {"block": rows.block, "tile": [1], "sparse": True}
 
     def compute(x: te.Tensor, values: te.Tensor, inputs: te.Tensor) -> te.Tensor:
         return crop(sparse.multiply(x, values, inputs, kernel.kernel_attrs("fp32", info)), (1, out))
@@ -268,14 +293,18 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
     # parallel: against its long reduction a scalar epilogue costs little.
     parallel_blocks = not rows and rules.threads > 1 and macs >= kernel.MIN_PARALLEL_MACS
     cut = overhang and not parallel_blocks
-    sch.reorder(*rows[:1], block, *rows[1:], last_outer, *reduction, *pixels, vectors, vector)
+    # Blocks outside, so that their weights stay in the cache; but as many blocks as threads, side by side
+    # in the lines of the cache, would be written at once.
+    contested = rules.threads > 1 and 4 * info["block"] % LINE and info["OC"] <= info["block"] * rules.threads
+    outside = [*rows, block] if contested else [*rows[:1], block, *rows[1:]]
+    sch.reorder(*outside, last_outer, *reduction, *pixels, vectors, vector)
     if cut and rows:
         # The block loop must stand alone to be cut; outside, so that its weights stay in the cache.
         sch.reorder(block, *rows)
         parallel = sch.fuse(*rows)
         macs //= kernel.loop_extent(sch, block)
     else:
-        parallel = sch.fuse(*rows[:1], block, *rows[1:]) if rows else block
+        parallel = sch.fuse(*outside) if rows else block
     _write(sch, fused, last_outer, lanes, cut)
     if cut:
         kernel.cut_at_predicate(sch, block)

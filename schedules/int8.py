@@ -52,14 +52,14 @@ class Tile:
     vectors: int
 
 
-def choose_tile(
+def rank_tiles(
     size: tuple[int, int],
     vectors: int,
     registers: int,
     vector_cost: float = 1.0,
     cached_vectors: int | None = None,
-) -> Tile:
-    """Return the tile with the fewest loads per product that divides the output and fits the registers.
+) -> list[Tile]:
+    """Return the tiles that divide the output and fit the registers, those with few loads per product first.
 
     A step loads a broadcast for each pixel and a weight for each vector, and multiplies each by each: on AVX2
     loads bound the speed. Few accumulators wait for each other.
@@ -92,7 +92,12 @@ def choose_tile(
         for count in divisors(vectors)
         if height * width * count <= registers + (registers // 3 if count == 1 else 0)
     )
-    return min(tiles, key=loads_per_product)
+    return sorted(tiles, key=loads_per_product)
+
+
+def by_cut(tiles: Sequence[Tile]) -> dict[tuple[int, ...], Tile]:
+    """Return tiles by the numbers that a `Choice` names them by."""
+    return {(tile.height, tile.width, tile.vectors): tile for tile in tiles}
 
 
 @cache
@@ -112,16 +117,8 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rule
     dot = dot_for(rules.isa)
     offset = dot.offset(layer.data_dtype)
     packing.check_accumulator(layer, *_data_range(layer.data_dtype, offset))
-    groups = packing.merged_groups(layer.groups, layer.out_channels // layer.groups, dot.lanes)
-    as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1 and groups == 1
-    source = packing.merge_groups(layer.weight, layer.groups, groups)
-    if as_rows:
-        source = packing.pack_rows_weight(source)
-    # A tile's channels are of one group.
-    vectors = packing.round_up(layer.out_channels // groups, dot.lanes) // dot.lanes
-    vector_bytes = dot.lanes * source[0].size * np.dtype(dot.weight_dtype).itemsize
-    cached = rules.l1_bytes // 2 // vector_bytes
-    tile = choose_tile(layer.out_size, vectors, dot.registers, dot.vector_cost, cached)
+    groups, as_rows, source = _arrange(layer, dot)
+    tile = rules.choices.cut(layer.info(), "direct", cuts(layer, rules))
     weight = packing.pack_dot_weight(source, dot, tile.vectors * dot.lanes)
     compute = _dot_compute(layer, groups, dot, tile, as_rows)
     bias = packing.fold_bias(layer, offset)
@@ -133,6 +130,25 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rule
         primfunc_name_hint=f"{layer.operator}_int8",
         primfunc_attrs={"op_pattern": OUT_FUSABLE},
     )
+
+
+def _arrange(layer: IntegerLayer, dot: Dot) -> tuple[int, bool, np.ndarray]:
+    """Return the groups that are left, whether a kernel's row is one run of values, and the weights so."""
+    groups = packing.merged_groups(layer.groups, layer.out_channels // layer.groups, dot.lanes)
+    as_rows = layer.in_channels <= _MAX_ROW_CHANNELS and layer.dilation[1] == 1 and groups == 1
+    source = packing.merge_groups(layer.weight, layer.groups, groups)
+    return groups, as_rows, packing.pack_rows_weight(source) if as_rows else source
+
+
+def cuts(layer: IntegerLayer, rules: TargetRules) -> dict[tuple[int, ...], Tile]:
+    """Return the ways to cut a layer, the best by the count of loads first."""
+    dot = dot_for(rules.isa)
+    groups, _, source = _arrange(layer, dot)
+    # A tile's channels are of one group.
+    vectors = packing.round_up(layer.out_channels // groups, dot.lanes) // dot.lanes
+    vector_bytes = dot.lanes * source[0].size * np.dtype(dot.weight_dtype).itemsize
+    cached = rules.l1_bytes // 2 // vector_bytes
+    return by_cut(rank_tiles(layer.out_size, vectors, dot.registers, dot.vector_cost, cached))
 
 
 def _data_range(dtype: str, offset: int) -> tuple[int, int]:
@@ -291,12 +307,19 @@ def has_overhang(sch: s_tir.Schedule, kernel: FusedKernel) -> bool:
 
 
 def parallelize_outputs(
-    sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules, loops: Sequence[LoopRV]
+    sch: s_tir.Schedule,
+    kernel: FusedKernel,
+    rules: TargetRules,
+    loops: Sequence[LoopRV],
+    speedup: float = 1.0,
 ) -> None:
-    """Run image rows and blocks of channels, `loops` in this order, in parallel if that is worth it."""
+    """Run image rows and blocks of channels, `loops` in this order, in parallel if that is worth it.
+
+    `speedup` says about how many times as fast as by the INT8 kernel a multiply-accumulate is.
+    """
     if has_overhang(sch, kernel):
         loops = loops[:-1]  # a loop that will be cut stays alone
-    parallelize(sch, sch.fuse(*loops), rules, kernel_macs(kernel), MIN_PARALLEL_MACS)
+    parallelize(sch, sch.fuse(*loops), rules, int(kernel_macs(kernel) / speedup), MIN_PARALLEL_MACS)
 
 
 FAMILY = KernelFamily("int8", schedule)

@@ -3,6 +3,7 @@
 from tvm import relax
 
 from tvm_compress.schedules import bitserial, depthwise, int8, lookup, narrow, packing, winograd
+from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
 
 
@@ -10,7 +11,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     """Replace a call of tvm_compress.conv2d or tvm_compress.dense by the kernel measured as the fastest.
 
     The integers are the same from each: products of bytes, directly or by Winograd's algorithm, table lookup,
-    counted bits.
+    counted bits. What `rules.choices` says of the layer goes before the rules.
 
     Raises
     ------
@@ -24,6 +25,34 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
         bitserial.check_legal(layer, rules)
     if depthwise.is_depthwise(layer.groups, layer.in_channels):
         return depthwise.legalize_integer(bb, call, layer, rules)
+    chosen = _legalize_chosen(bb, call, layer, rules)
+    return _legalize_by_rules(bb, call, layer, rules) if chosen is None else chosen
+
+
+def _legalize_chosen(
+    bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
+) -> relax.Expr | None:
+    """Take the kernel that was chosen for the layer, if one was and its weights allow it."""
+    choice = rules.choices.find(
+        layer.info(), "direct", "narrow", "lookup", "popcount", *winograd.INTEGER_ALGORITHMS
+    )
+    if choice is None:
+        return None
+    if choice.kernel == "popcount" and layer.scheme == "bitserial":
+        return bitserial.legalize(bb, call, layer, rules)
+    if choice.kernel == "lookup" and lookup.applies(layer) and rules.is_arm:
+        return lookup.legalize(bb, call, layer, rules)
+    if choice.kernel == "narrow":
+        return narrow.legalize_layer(bb, call, layer, rules)
+    if choice.kernel == "direct":
+        return int8.legalize(bb, call, layer, rules)
+    return winograd.legalize_layer(bb, call, layer, rules)
+
+
+def _legalize_by_rules(
+    bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
+) -> relax.Expr:
+    few_bits = layer.scheme == "bitserial"
     speedup = winograd.speedup(layer, rules)
     if lookup.applies(layer) and lookup.pays(layer, rules, speedup):
         return lookup.legalize(bb, call, layer, rules)

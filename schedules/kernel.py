@@ -18,9 +18,10 @@ from tvm_compress.schedules.target_rules import TargetRules
 KERNEL = "tvm_compress.kernel"  # name of the family that schedules the block
 INFO = "tvm_compress.info"  # JSON: what the kernel computes, see kernel_attrs
 
-# A parallel region is worth its start (a few us) from this many multiply-accumulates of fp32 on.
+# A parallel region is worth its start (a few us) from this many multiply-accumulates of fp32 or INT8 on;
+# those of few bits, which are faster, count for less.
 MIN_PARALLEL_MACS = 400_000
-# The same for element-wise work, in elements.
+# The same for element-wise work, in elements of 32 bits.
 MIN_PARALLEL_ELEMENTS = 32_768
 
 
@@ -262,7 +263,7 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
         outer = loops[:-1] or loops
     if outer:
         fused = sch.fuse(*outer) if len(outer) > 1 else outer[0]
-        parallelize(sch, fused, rules, work, MIN_PARALLEL_ELEMENTS)
+        parallelize(sch, fused, rules, work * item_bits // 32, MIN_PARALLEL_ELEMENTS)
 
 
 def is_pointwise(sch: s_tir.Schedule, block: SBlockRV) -> bool:

@@ -20,8 +20,9 @@ from tvm_compress.schedules import narrow, packing
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
-    choose_tile,
+    by_cut,
     parallelize_outputs,
+    rank_tiles,
     write_tile,
 )
 from tvm_compress.schedules.intrin.lookup import (
@@ -55,13 +56,16 @@ _VECTOR_COST = 3.0
 # What int8 activations are raised by, to be uint8.
 _INT8_OFFSET = 128
 
+# About how many times as fast as by the INT8 kernel a multiply-accumulate with a weight of 1 bit is.
+_SPEEDUP = 3.0
+
 _PART_BITS = 4
 _UINT16_MAX = 2**16 - 1
 
 
 def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules) -> relax.Expr:
     """Replace a call of a layer that `applies` by a call of a lookup kernel."""
-    tile = choose_tile(layer.out_size, layer.out_channels // LANES, _REGISTERS, _VECTOR_COST)
+    tile = rules.choices.cut(layer.info(), "lookup", cuts(layer))
     return bb.call_te(
         compute_function(layer, tile),
         call.args[0],
@@ -71,6 +75,11 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rule
         primfunc_name_hint=f"{layer.operator}_lookup",
         primfunc_attrs={"op_pattern": OUT_FUSABLE},
     )
+
+
+def cuts(layer: IntegerLayer) -> dict[tuple[int, ...], Tile]:
+    """Return the ways to cut a layer, the best by the count of loads first."""
+    return by_cut(rank_tiles(layer.out_size, layer.out_channels // LANES, _REGISTERS, _VECTOR_COST))
 
 
 def applies(layer: IntegerLayer) -> bool:
@@ -283,7 +292,8 @@ def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> No
     x_tile, x_in = sch.split(x, [None, tile.width])
     sch.reorder(image, y_tile, c_block, x_tile, rp, rw, oy, ox, ok, y_in, x_in, c_vector, lane)
     write_tile(sch, kernel, c_block, x_tile, LANES)
-    parallelize_outputs(sch, kernel, rules, [image, y_tile, c_block])
+    speedup = _SPEEDUP / info["weight_bits"]
+    parallelize_outputs(sch, kernel, rules, [image, y_tile, c_block], speedup)
     _schedule_lookups(sch, lookups, ok, lookup)
     sch.vectorize(lane)
     for loop in (y_in, x_in, c_vector):

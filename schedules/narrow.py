@@ -16,9 +16,10 @@ from tvm_compress.schedules import packing
 from tvm_compress.schedules.int8 import (
     OUT_FUSABLE,
     Tile,
-    choose_tile,
+    by_cut,
     divisors,
     parallelize_outputs,
+    rank_tiles,
     write_tile,
 )
 from tvm_compress.schedules.intrin.narrow import DEPTH, INT16_MAX, NarrowDot, narrow_dot_for
@@ -49,13 +50,11 @@ def legalize_layer(
     of channels, if pairs of products fit 16 bits.
     """
     dot = narrow_dot_for(rules.isa, layer.out_channels)
-    if dot is None or layer.groups != 1 or layer.data_dtype != "uint8" or layer.in_channels % DEPTH:
-        return None
-    chunks = choose_chunks(layer.weight, 2**layer.activation_bits - 1)
-    if chunks is None:
+    chunks = find_chunks(layer, rules)
+    if dot is None or chunks is None:
         return None
     packing.check_accumulator(layer, 0, 2**layer.activation_bits - 1)
-    tile = choose_tile(layer.out_size, layer.out_channels // dot.lanes, dot.registers)
+    tile = rules.choices.cut(layer.info(), "narrow", cuts(layer, dot))
     return bb.call_te(
         _compute(layer, dot, tile, chunks),
         call.args[0],
@@ -64,6 +63,19 @@ def legalize_layer(
         primfunc_name_hint=f"{layer.operator}_narrow",
         primfunc_attrs={"op_pattern": OUT_FUSABLE},
     )
+
+
+def find_chunks(layer: IntegerLayer, rules: TargetRules) -> Chunks | None:
+    """Return how the sums of a layer are cut, None where it has no narrow kernel."""
+    dot = narrow_dot_for(rules.isa, layer.out_channels)
+    if dot is None or layer.groups != 1 or layer.data_dtype != "uint8" or layer.in_channels % DEPTH:
+        return None
+    return choose_chunks(layer.weight, 2**layer.activation_bits - 1)
+
+
+def cuts(layer: IntegerLayer, dot: NarrowDot) -> dict[tuple[int, ...], Tile]:
+    """Return the ways to cut a layer, the best by the count of loads first."""
+    return by_cut(rank_tiles(layer.out_size, layer.out_channels // dot.lanes, dot.registers))
 
 
 def choose_chunks(weight: np.ndarray, largest: int) -> Chunks | None:
@@ -192,7 +204,7 @@ def schedule(sch: s_tir.Schedule, kernel: FusedKernel, rules: TargetRules) -> No
     x_tile, x_in = sch.split(x, [None, tile.width])
     sch.reorder(image, y_tile, c_block, x_tile, oy, ox, ok, y_in, x_in, c_vector, lane, half)
     write_tile(sch, kernel, c_block, x_tile, dot.lanes)
-    parallelize_outputs(sch, kernel, rules, [image, y_tile, c_block])
+    parallelize_outputs(sch, kernel, rules, [image, y_tile, c_block], SPEEDUP)
     _schedule_partial(sch, partial, ok, dot)
     init = sch.decompose_reduction(sums, oy)
     vectorize_inner(sch, inner(sch, init, x_tile), dot.lanes)

@@ -118,6 +118,7 @@ class IntegerLayer:
             "scheme": self.scheme,
             **{"N": n, "H": h, "W": w, "IC": ic, "OC": self.out_channels, "OH": out_height, "OW": out_width},
             **{"KH": self.kernel[0], "KW": self.kernel[1], "stride": self.strides[0], "groups": self.groups},
+            **{"strides": list(self.strides), "padding": list(self.padding), "dilation": list(self.dilation)},
             "activation_bits": self.activation_bits,
             "weight_bits": self.weight_bits,
         }

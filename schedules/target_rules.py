@@ -12,6 +12,7 @@ from typing import Any
 from tvm.target import Target, codegen
 
 from tvm_compress.errors import TargetError
+from tvm_compress.schedules.choices import NO_CHOICES, Choices
 
 ACCEPTED = (
     'Accepted are "host", "raspberry-pi/4b-aarch64" (or any other tag of TVM for a CPU), '
@@ -87,6 +88,8 @@ class TargetRules:
         Data caches of one core.
     compact
         Whether weights are to take no more bytes than their numbers need.
+    choices
+        How to compute single layers, where the rules are not to decide.
     """
 
     name: str
@@ -98,6 +101,7 @@ class TargetRules:
     l1_bytes: int
     l2_bytes: int
     compact: bool = False
+    choices: Choices = NO_CHOICES
 
     @property
     def fp32_lanes(self) -> int:

@@ -26,6 +26,7 @@ from tvm_compress.schedules.intrin.dot import Dot
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
+from tvm_compress.schedules.threads import LINE, splits_evenly
 from tvm_compress.schedules.winograd_algorithm import (
     ALGORITHMS,
     INTEGER_ALGORITHMS,
@@ -33,12 +34,9 @@ from tvm_compress.schedules.winograd_algorithm import (
     IntegerAlgorithm,
     pack_weights,
 )
-from tvm_compress.schedules.winograd_plan import FLOATS, Numbers, choose_blocking, integers
+from tvm_compress.schedules.winograd_plan import FLOATS, Numbers, cuts, integers
 
 Kind = TypeVar("Kind", bound=Algorithm)
-
-# Bytes in a line of the caches.
-_LINE = 64
 
 
 def applies(info: dict[str, Any]) -> bool:
@@ -53,8 +51,9 @@ def choose_algorithm(
 ) -> Kind | None:
     """Return the algorithm that is the fastest by the target's table, None for the direct kernel.
 
-    Where nothing was measured, or weights are to be compact, the direct kernel is taken: it is never much
-    slower than it has to be, and its weights take the least memory.
+    What `rules.choices` says of the layer goes before the table. Where nothing was measured, or weights are
+    to be compact, the direct kernel is taken: it is never much slower than it has to be, and its weights take
+    the least memory.
 
     Parameters
     ----------
@@ -63,6 +62,9 @@ def choose_algorithm(
     algorithms
         Those that may be taken.
     """
+    chosen = None if rules.compact else rules.choices.find(info, "direct", *algorithms)
+    if chosen is not None:
+        return algorithms.get(chosen.kernel)
     costs = {} if rules.compact else _costs(info, rules, operator, algorithms)
     return algorithms.get(min(costs, key=lambda name: costs[name])) if costs else None
 
@@ -95,13 +97,13 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
         return fp32.legalize(bb, call, rules)
     weight = read_weights(bb, call.args[1], "weights")
     info = kernel.conv_geometry(call, weight.shape)
+    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
     algorithm = None
     # Transformed weights would have no codebook.
     if applies(info) and weight.codebook is None:
         algorithm = choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS)
     if algorithm is None:
         return fp32.legalize(bb, call, rules)
-    info |= {"scheme": "fp32", "activation_bits": 32, "weight_bits": 32}
     info |= _plan(rules, info, algorithm, FLOATS)
     packed = relax.const(pack_weights(weight.array, algorithm, info["block"], info["padded_IC"]))
 
@@ -117,35 +119,33 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
 
 def speedup(layer: IntegerLayer, rules: TargetRules) -> float:
     """How many times as fast as the direct INT8 kernel the chosen one is by the target's table, from 1 on."""
-    info = _integer_info(layer)
+    info = layer.info()
     algorithm = _choose_integer(layer, info, rules)
     costs = _costs(info, rules, "conv2d_int8", INTEGER_ALGORITHMS) if algorithm else {}
     return costs["direct"] / costs[algorithm.name] if algorithm and algorithm.name in costs else 1.0
-
-
-def _integer_info(layer: IntegerLayer) -> dict[str, Any]:
-    return layer.info() | {
-        "strides": list(layer.strides), "dilation": list(layer.dilation), "padding": list(layer.padding),
-    }  # fmt: skip
 
 
 def _choose_integer(layer: IntegerLayer, info: dict[str, Any], rules: TargetRules) -> IntegerAlgorithm | None:
     """Choose among the algorithms that the weights prove to fit (IntegerAlgorithm.bits)."""
     if layer.operator != "conv2d" or not applies(info):
         return None
+    return choose_algorithm(info, rules, "conv2d_int8", fitting_algorithms(layer))
+
+
+def fitting_algorithms(layer: IntegerLayer) -> dict[str, IntegerAlgorithm]:
+    """Return the algorithms that a layer's weights prove to be exact."""
     low, high = packing.DATA_RANGES[layer.data_dtype]
     largest = int(np.abs(layer.weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()) * max(-low, high)
-    fitting = {
+    return {
         name: algorithm for name, algorithm in INTEGER_ALGORITHMS.items() if largest < 1 << algorithm.bits
     }
-    return choose_algorithm(info, rules, "conv2d_int8", fitting)
 
 
 def legalize_layer(
     bb: relax.BlockBuilder, call: relax.Call, layer: IntegerLayer, rules: TargetRules
 ) -> relax.Expr | None:
     """Replace tvm_compress.conv2d by a Winograd kernel, or return None where the direct one serves better."""
-    info = _integer_info(layer)
+    info = layer.info()
     algorithm = _choose_integer(layer, info, rules)
     if algorithm is None:
         return None
@@ -164,7 +164,7 @@ def legalize_layer(
 
 def _plan(rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers) -> dict[str, Any]:
     """Return how the work is cut, in the terms of the schedule."""
-    blocking = choose_blocking(rules, info, algorithm, numbers)
+    blocking = rules.choices.cut(info, algorithm.name, cuts(rules, info, algorithm, numbers))
     # Half of a vector of int16 is still one of 64 bits or more.
     lanes = rules.fp32_lanes
     return {
@@ -307,8 +307,8 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
         kernel.cut_at_predicate(sch, vectors)
     data_lanes = kernel.vector_factor(info["padded_IC"], rules.vector_bits // (8 * numbers.data_bytes))
     tile = _schedule_input(sch, stages, chunk, data_lanes)
-    # Blocks in parallel, or where there are fewer of them than threads, the parts of each stage.
-    several = kernel.loop_extent(sch, chunk) >= rules.threads
+    # Blocks in parallel, or where threads would not get as many of them each, the parts of each stage.
+    several = splits_evenly(kernel.loop_extent(sch, chunk), rules.threads)
     macs = 9 * math.prod(info[key] for key in ("N", "OH", "OW", "OC", "IC"))
     for loop in (chunk,) if several else (product, tile, row):
         kernel.parallelize(sch, loop, rules, macs, kernel.MIN_PARALLEL_MACS)
@@ -327,7 +327,7 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
 
 def _spread_places(sch: s_tir.Schedule, block: SBlockRV, item_bytes: int) -> None:
     """Put an odd number of lines between the places of a patch: else they share few sets of the cache."""
-    sch.storage_align(block, 0, 4, 2 * _LINE // item_bytes, _LINE // item_bytes)
+    sch.storage_align(block, 0, 4, 2 * LINE // item_bytes, LINE // item_bytes)
 
 
 def _order_products(

@@ -1,6 +1,5 @@
 """How Winograd kernels compute: the numbers of their stages, and how the work is cut for the caches."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from tvm_compress.schedules import fp32
 from tvm_compress.schedules.intrin.dot import Dot, wrapping_dot_for
 from tvm_compress.schedules.target_rules import TargetRules
+from tvm_compress.schedules.threads import worst_imbalance
 from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, INTEGER_ALGORITHMS, Algorithm
 
 # Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
@@ -78,16 +78,20 @@ class Blocking:
     tiles: int
 
 
-def choose_blocking(
+# Register tiles that are considered for each block of tiles.
+_MOST_REGISTER_TILES = 3
+
+
+def cuts(
     rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers
-) -> Blocking:
-    """Choose the block of tiles and the register tile with the least estimated cycles.
+) -> dict[tuple[int, ...], Blocking]:
+    """Return the ways to cut a layer, by the numbers of a `Choice`, the best by estimated cycles first.
 
     Blocks are of about the same size, as the last ones of a row or column compute what lies beyond the image.
     """
     rows, columns = (-(-info[key] // algorithm.m) for key in ("OH", "OW"))
     steps = -(-info["IC"] // numbers.depth)
-    best, least = None, math.inf
+    found: list[tuple[float, Blocking]] = []
     for high, wide in ((high, wide) for high in _even_parts(rows) for wide in _even_parts(columns)):
         if high > 1 and wide < columns:
             # Whole rows first: neighbours share what they read.
@@ -96,14 +100,17 @@ def choose_blocking(
         if size > _MOST_BYTES and high * wide > 1:
             continue
         blocks = info["N"] * -(-rows // high) * -(-columns // wide)
-        tile = fp32.choose_tile(rules, 1, high * wide, info["OC"], steps)
-        product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
         weights = numbers.data_bytes * algorithm.n**2 * info["IC"] * info["OC"]
-        cycles = max(blocks * algorithm.n**2 * product, _memory_cycles(rules, blocks, weights, size))
-        if cycles < least:
-            best, least = Blocking(high, wide, tile.vectors, tile.columns), cycles
-    assert best is not None
-    return best
+        # Fewer blocks than threads are shared by all threads, each of them (winograd.schedule).
+        uneven = worst_imbalance(blocks, rules.threads) if blocks >= rules.threads else 1.0
+        memory = _memory_cycles(rules, blocks, weights, size)
+        tiles = fp32.rank_tiles(rules, 1, high * wide, info["OC"], steps)
+        for tile in tiles[:_MOST_REGISTER_TILES]:
+            product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
+            cycles = uneven * max(blocks * algorithm.n**2 * product, memory)
+            found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns)))
+    found.sort(key=lambda pair: pair[0])
+    return {(b.rows, b.columns, b.vectors, b.tiles): b for _, b in found}
 
 
 def _even_parts(extent: int) -> list[int]:

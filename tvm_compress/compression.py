@@ -166,22 +166,35 @@ def model_policy(model: Model) -> CompressionPolicy | None:
     return None if text is None else CompressionPolicy.from_json(str(text))
 
 
-def compile_model(model: Model, target_text: str, path: str | Path, compact: bool = False) -> Artifact:
+def compile_model(
+    model: Model,
+    target_text: str,
+    path: str | Path,
+    compact: bool = False,
+    tuning: str | Path | None = None,
+) -> Artifact:
     """Build a model, dense or compressed, for a target and write the artifact.
 
-    `compact` rules out kernels that are faster for keeping weights in a larger form.
+    Parameters
+    ----------
+    compact
+        Rule out kernels that are faster for keeping weights in a larger form.
+    tuning
+        Tuning database (`tuner.tune_model`), whose choices go before the schedules' own.
 
     Raises
     ------
     TargetError
         If the target is not known, or its cross-compiler is missing.
+    TuningError
+        If the tuning database cannot be read.
     """
     target = parse_target(target_text)
     module = realize(model.module)
     policy = model_policy(model)
     return Artifact.create(
         path,
-        build(module, target, compact=compact),
+        build(module, target, compact=compact, tuning=tuning),
         input_spec=model.input_spec,
         class_names=model.class_names,
         policy=None if policy is None else json.loads(policy.to_json()),

@@ -42,6 +42,10 @@ class KernelError(TvmCompressError):
     """A kernel that cannot be made: the rule it breaks and the values are in the message."""
 
 
+class TuningError(TvmCompressError):
+    """A tuning database that cannot be read, or a model that it cannot be made for."""
+
+
 class DeviceError(TvmCompressError):
     """A device that cannot be reached or that failed."""
 

@@ -266,8 +266,9 @@ def test_plans_divide_the_layer_and_fit_the_registers(
 ) -> None:
     rules = rules_for(parse_target(target))
     form = depthwise_plan.form_for(rules, integer, channels)
-    info = {"KH": kernel, "KW": kernel, "OH": size, "OW": size, "IC": channels, "OC": channels}
-    plan = depthwise_plan.choose_plan(rules, form, info | {"strides": [stride, stride], "dilation": [1, 1]})
+    info: dict[str, Any] = {"KH": kernel, "KW": kernel, "OH": size, "OW": size}
+    info |= {"IC": channels, "OC": channels, "strides": [stride, stride], "dilation": [1, 1]}
+    plan = next(iter(depthwise_plan.cuts(rules, form, info).values()))
     assert size % plan.rows == 0
     assert packing.round_up(channels, plan.lanes) % plan.chunk == plan.chunk % plan.lanes == 0
     assert 1 <= plan.columns <= size

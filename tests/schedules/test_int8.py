@@ -194,7 +194,7 @@ def test_sums_that_may_overflow_are_refused() -> None:
 def test_tiles_divide_the_output_and_fit_the_registers(
     height: int, width: int, vectors: int, registers: int
 ) -> None:
-    tile = int8.choose_tile((height, width), vectors, registers, 0.5, 3)
+    tile = int8.rank_tiles((height, width), vectors, registers, 0.5, 3)[0]
     assert height % tile.height == width % tile.width == vectors % tile.vectors == 0
     spare = registers // 3 if tile.vectors == 1 else 0
     assert tile.height * tile.width * tile.vectors <= registers + spare

@@ -26,7 +26,7 @@ from tvm_compress.schedules.winograd_algorithm import (
     pack_weights,
     transform_weights,
 )
-from tvm_compress.schedules.winograd_plan import FLOATS, choose_blocking
+from tvm_compress.schedules.winograd_plan import FLOATS, cuts
 
 RPI4 = "raspberry-pi/4b-aarch64"
 SAME = (1, 1, 1, 1)
@@ -236,16 +236,15 @@ def test_blocks_cover_the_image_and_tiles_fit_the_registers(
     name: str, algorithm: Algorithm, size: int, channels: int
 ) -> None:
     rules = rules_for(parse_target(name))
-    blocking = choose_blocking(
-        rules, dict(N=1, OH=size, OW=size, IC=channels, OC=channels), algorithm, FLOATS
-    )
+    info = dict(N=1, OH=size, OW=size, IC=channels, OC=channels)
     tiles = -(-size // algorithm.m)
-    assert 1 <= blocking.rows <= tiles
-    assert 1 <= blocking.columns <= tiles
-    # Evenly cut: no block lies beyond the image, whole.
-    assert -(-tiles // blocking.rows) * blocking.rows - tiles < blocking.rows
-    assert blocking.vectors * blocking.tiles + blocking.vectors < rules.vector_registers
-    assert 4 * algorithm.n**2 * blocking.rows * blocking.columns * 2 * channels <= 4 << 20
+    for blocking in cuts(rules, info, algorithm, FLOATS).values():
+        assert 1 <= blocking.rows <= tiles
+        assert 1 <= blocking.columns <= tiles
+        # Evenly cut: no block lies beyond the image, whole.
+        assert -(-tiles // blocking.rows) * blocking.rows - tiles < blocking.rows
+        assert blocking.vectors * blocking.tiles + blocking.vectors < rules.vector_registers
+        assert 4 * algorithm.n**2 * blocking.rows * blocking.columns * 2 * channels <= 4 << 20
 
 
 @pytest.mark.parametrize("name", [RPI4, "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"])

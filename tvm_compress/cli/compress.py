@@ -247,11 +247,12 @@ def compile_artifact(
     compact: Annotated[
         bool, typer.Option("--compact", help="A small library: no faster kernels that take larger weights.")
     ] = False,
+    tuning: Annotated[Path | None, typer.Option(help="Tuning database, by `tune`.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Build a model, dense or compressed, for a target and write an artifact."""
-    artifact = compile_model(load_model(model), target, output, compact)
+    artifact = compile_model(load_model(model), target, output, compact, tuning)
     result = {
         "artifact": str(output),
         "target": artifact.manifest.target,

@@ -115,7 +115,7 @@ def export(
     debug: DebugOption = False,
 ) -> None:
     """Write timed kernels as a table: key, kind, the model's features, the time of one call and its unit."""
-    on, built_for = open_device(device), parse_target(target or _default_target(device))
+    on, built_for = open_device(device), parse_target(target or default_target(device))
     kernels = stored_kernels(MeasurementStore(measurements), on, built_for)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -131,7 +131,8 @@ def _quiet(done: int, total: int) -> None:
     pass
 
 
-def _default_target(device: str) -> str:
+def default_target(device: str) -> str:
+    """Return the target of a device's own kernels; SettingError where none is known."""
     if device not in DEFAULT_TARGETS:
         raise SettingError(f"No target is known for device {device!r}.", "Name one with --target.")
     return DEFAULT_TARGETS[device]
@@ -142,5 +143,5 @@ def _meter(
 ) -> LatencyMeter:
     on = open_device(device, threads)
     return LatencyMeter(
-        on, parse_target(target or _default_target(device)), MeasurementStore(measurements), shape
+        on, parse_target(target or default_target(device)), MeasurementStore(measurements), shape
     )

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from tvm_compress import __version__
-from tvm_compress.cli import compress, cost, device, inspect, report, search, use
+from tvm_compress.cli import compress, cost, device, inspect, report, search, tune, use
 from tvm_compress.cli.output import print_json
 from tvm_compress.errors import TvmCompressError
 
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search.search,
     "compress": compress.compress,
     "compile": compress.compile_artifact,
+    "tune": tune.tune,
     "verify": use.verify,
     "run": use.run,
     "benchmark": use.benchmark,
