@@ -70,12 +70,16 @@ class Blocking:
         Tiles of a block.
     vectors, tiles
         Of the matrix product's register tile: vectors of output channels, tiles of the image.
+    blocks_first
+        Whether a block of output channels takes all products before the next one does: products that share
+        their weights then find them in the second cache, where there is room for all transformed inputs.
     """
 
     rows: int
     columns: int
     vectors: int
     tiles: int
+    blocks_first: bool
 
 
 def choose_blocking(
@@ -98,10 +102,12 @@ def choose_blocking(
         blocks = info["N"] * -(-rows // high) * -(-columns // wide)
         tile = fp32.choose_tile(rules, 1, high * wide, info["OC"], steps)
         product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
-        weights = numbers.data_bytes * algorithm.n**2 * info["IC"] * info["OC"]
+        weights = numbers.data_bytes * algorithm.weight_rows**2 * info["IC"] * info["OC"]
         cycles = max(blocks * algorithm.n**2 * product, _memory_cycles(rules, blocks, weights, size))
         if cycles < least:
-            best, least = Blocking(high, wide, tile.vectors, tile.columns), cycles
+            inputs = algorithm.n**2 * high * wide * info["IC"] * numbers.data_bytes
+            shared = algorithm.weight_rows < algorithm.n and inputs <= rules.l2_bytes // 2
+            best, least = Blocking(high, wide, tile.vectors, tile.columns, shared), cycles
     assert best is not None
     return best
 
