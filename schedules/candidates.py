@@ -97,7 +97,7 @@ def _float_ways(info: dict[str, Any], rules: TargetRules) -> Ways:
         return {}
     ways: Ways = {"direct": fp32.cuts(info, rules)}
     if winograd.applies(info):
-        for name, algorithm in ALGORITHMS.items():
+        for name, algorithm in winograd.of_stride(ALGORITHMS, info).items():
             ways[name] = winograd_plan.cuts(rules, info, algorithm, winograd_plan.FLOATS)
     return ways
 
@@ -117,6 +117,6 @@ def _integer_ways(layer: IntegerLayer, rules: TargetRules) -> Ways:
         ways["popcount"] = bitserial.cuts(layer, rules)
     if layer.operator == "conv2d" and winograd.applies(info):
         numbers = winograd_plan.integers(rules)
-        for name, algorithm in winograd.fitting_algorithms(layer).items():
+        for name, algorithm in winograd.of_stride(winograd.fitting_algorithms(layer), info).items():
             ways[name] = winograd_plan.cuts(rules, info, algorithm, numbers)
     return ways

@@ -17,6 +17,11 @@ _FOLDER = Path(__file__).parent / "tables"
 Row = Mapping[str, Any]
 
 
+def name_of(operator: str, stride: int) -> str:
+    """Name of the table of an operator, "conv2d_fp32" or "conv2d_int8", at stride 1 or 2."""
+    return operator if stride == 1 else f"{operator}_stride{stride}"
+
+
 @cache
 def load_rows(isa: str, operator: str) -> Sequence[Row]:
     """Read what was measured of an operator on a target; nothing where there is no table.
@@ -26,7 +31,7 @@ def load_rows(isa: str, operator: str) -> Sequence[Row]:
     isa
         TargetRules.isa.
     operator
-        "conv2d_fp32" or "conv2d_int8": convolutions of 3 x 3 at stride 1.
+        "conv2d_fp32", "conv2d_int8": convolutions of 3 x 3 at stride 1; behind "_stride2" those at stride 2.
 
     Returns
     -------

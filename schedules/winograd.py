@@ -1,14 +1,14 @@
-"""Winograd convolutions: 3 x 3 at stride 1, by F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3), in float32 or integers.
+"""Winograd convolutions: 3 x 3 at stride 1 or 2, in tiles of 2 x 2 or 4 x 4 outputs, in float32 or integers.
 
 The output is cut into blocks of tiles. For each block its patches are transformed (`input`), multiplied by
 the transformed weights (`products`, a matrix product for each of the n * n places of a patch), and
 transformed back (`conv`, annotated), through whatever was fused behind. What lies between the stages is one
 block's, so that it stays in the cache.
 
-In float32, against the exact result and relative to its largest value, F2 errs by less than 1e-5 and F4 by
-less than 1e-4 (`winograd_algorithm.Algorithm.relative_error`) on data of one magnitude. In integers (see
-`IntegerAlgorithm`) the result is exact: int16 holds transformed inputs and weights, and 32 bits that wrap
-around hold the sums.
+In float32, against the exact result and relative to its largest value, tiles of 2 x 2 err by less than 1e-5
+and those of 4 x 4 by less than 1e-4 (`winograd_algorithm.Algorithm.relative_error`) on data of one magnitude.
+In integers (see `IntegerAlgorithm`) the result is exact: int16 holds transformed inputs and weights, and 32
+bits that wrap around hold the sums.
 """
 
 import math
@@ -40,10 +40,14 @@ Kind = TypeVar("Kind", bound=Algorithm)
 
 
 def applies(info: dict[str, Any]) -> bool:
-    """Whether a convolution, by the names of kernel.kernel_attrs, is 3 x 3 at stride 1, without groups."""
-    return (info["KH"], info["KW"], info["strides"], info["dilation"], info["groups"]) == (
-        3, 3, [1, 1], [1, 1], 1,
-    )  # fmt: skip
+    """Whether a convolution (kernel.kernel_attrs) is 3 x 3 at stride 1 or 2, without groups or dilation."""
+    shape = [info[key] for key in ("KH", "KW", "dilation", "groups")]
+    return shape == [3, 3, [1, 1], 1] and info["strides"] in ([1, 1], [2, 2])
+
+
+def of_stride(algorithms: Mapping[str, Kind], info: dict[str, Any]) -> dict[str, Kind]:
+    """Return those algorithms that are for the stride of a convolution to which they apply."""
+    return {name: algorithm for name, algorithm in algorithms.items() if algorithm.stride == info["stride"]}
 
 
 def choose_algorithm(
@@ -58,7 +62,7 @@ def choose_algorithm(
     Parameters
     ----------
     operator
-        Name of the table, see kernel_tables.load_rows.
+        "conv2d_fp32" or "conv2d_int8".
     algorithms
         Those that may be taken.
     """
@@ -76,7 +80,8 @@ def _costs(
     work: dict[str, Callable[[int, int], float]] = {"direct": lambda height, width: 9.0 * height * width}
     work |= {name: partial(_multiplications, algorithm) for name, algorithm in algorithms.items()}
     shape = {"H": info["OH"], "W": info["OW"], "IC": info["IC"], "OC": info["OC"]}
-    return kernel_tables.costs_at(kernel_tables.load_rows(rules.isa, operator), shape, work)
+    rows = kernel_tables.load_rows(rules.isa, kernel_tables.name_of(operator, info["stride"]))
+    return kernel_tables.costs_at(rows, shape, work)
 
 
 def _multiplications(algorithm: Algorithm, height: int, width: int) -> float:
@@ -101,7 +106,7 @@ def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> re
     algorithm = None
     # Transformed weights would have no codebook.
     if applies(info) and weight.codebook is None:
-        algorithm = choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS)
+        algorithm = choose_algorithm(info, rules, "conv2d_fp32", of_stride(ALGORITHMS, info))
     if algorithm is None:
         return fp32.legalize(bb, call, rules)
     info |= _plan(rules, info, algorithm, FLOATS)
@@ -129,7 +134,7 @@ def _choose_integer(layer: IntegerLayer, info: dict[str, Any], rules: TargetRule
     """Choose among the algorithms that the weights prove to fit (IntegerAlgorithm.bits)."""
     if layer.operator != "conv2d" or not applies(info):
         return None
-    return choose_algorithm(info, rules, "conv2d_int8", fitting_algorithms(layer))
+    return choose_algorithm(info, rules, "conv2d_int8", of_stride(fitting_algorithms(layer), info))
 
 
 def fitting_algorithms(layer: IntegerLayer) -> dict[str, IntegerAlgorithm]:
@@ -171,6 +176,7 @@ def _plan(rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, number
         "algorithm": algorithm.name,
         "block": blocking.vectors * lanes, "padded_IC": -(-info["IC"] // lanes) * lanes,
         "tile_block": [blocking.rows, blocking.columns], "register_tiles": blocking.tiles,
+        "blocks_first": blocking.blocks_first,
     }  # fmt: skip
 
 
@@ -191,12 +197,14 @@ def _stages(
     zero_point: int = 0,
 ) -> te.Tensor:
     """Return the convolution, with the tiles and blocks of channels that overhang."""
-    m, n, block = algorithm.m, algorithm.n, info["block"]
+    m, n, patch, block = algorithm.m, algorithm.n, algorithm.patch, info["block"]
     high, wide = info["tile_block"]
     rows, columns = -(-info["OH"] // (m * high)), -(-info["OW"] // (m * wide))
     tiles = -(-high * wide // info["register_tiles"]) * info["register_tiles"]
     outs = -(-info["OC"] // block) * block
-    padded = _padded_input(x, info, rows * high * m + 2, columns * wide * m + 2, zero_point)
+    extents = algorithm.extent(rows * high), algorithm.extent(columns * wide)
+    padded = _padded_input(x, info, *extents, zero_point)
+    step = m * algorithm.stride
     chunks = (info["N"], rows, columns)
     transform_input = partial(algorithm.transform_input, constant=partial(_constant, dtype=numbers.data))
     transform_output = partial(algorithm.transform_output, constant=partial(_constant, dtype=numbers.sums))
@@ -204,15 +212,15 @@ def _stages(
     def patch_rows(b: Any, y: Any, x: Any, i: Any, k: Any, t: Any, c: Any) -> Any:
         # What fills up the last register tile repeats the last tile.
         t = t if tiles == high * wide else tirx.min(t, high * wide - 1)
-        row, column = (y * high + t // wide) * m, (x * wide + t % wide) * m + k
-        values = [padded[b, row + place, column, c].astype(numbers.data) for place in range(n)]
+        row, column = (y * high + t // wide) * step, (x * wide + t % wide) * step + k
+        values = [padded[b, row + place, column, c].astype(numbers.data) for place in range(patch)]
         return _choice(i, transform_input(values))
 
-    half = te.compute((*chunks, n, n, tiles, info["padded_IC"]), patch_rows, name="input_rows")
+    half = te.compute((*chunks, n, patch, tiles, info["padded_IC"]), patch_rows, name="input_rows")
     data = te.compute(
         (*chunks, n, n, tiles, info["padded_IC"]),
         lambda b, y, x, i, j, t, c: _choice(
-            j, transform_input([half[b, y, x, i, place, t, c] for place in range(n)])
+            j, transform_input([half[b, y, x, i, place, t, c] for place in range(patch)])
         ),
         name="input",
     )
@@ -221,7 +229,10 @@ def _stages(
     def product(b: Any, y: Any, x: Any, i: Any, j: Any, t: Any, c: Any) -> Any:
         place = (ic,) if numbers.depth == 1 else (ic // numbers.depth,)
         inside = () if numbers.depth == 1 else (ic % numbers.depth,)
-        factors = data[b, y, x, i, j, t, ic], weight[i, j, c // block, *place, c % block, *inside]
+        where = (
+            [i, j] if algorithm.weight_rows == n else [tirx.min(k, algorithm.weight_rows - 1) for k in (i, j)]
+        )
+        factors = data[b, y, x, i, j, t, ic], weight[*where, c // block, *place, c % block, *inside]
         if numbers is FLOATS:
             return te.sum(factors[0] * factors[1], axis=[ic])
         first, second = (factor.astype("int32") for factor in factors)
@@ -333,14 +344,15 @@ def _spread_places(sch: s_tir.Schedule, block: SBlockRV, item_bytes: int) -> Non
 def _order_products(
     sch: s_tir.Schedule, block: SBlockRV, chunk: LoopRV, info: dict[str, Any], lanes: int, dot: Dot | None
 ) -> LoopRV:
-    """Order the loops of the matrix products; returns the loop over them."""
+    """Order the loops of the matrix products; returns the outermost one."""
     i, j, tile, channel, ic = kernel.inner(sch, block, chunk)[-5:]
     # The last register tile is whole: a predicate of its parts would stand in the innermost loop.
     tiles, inner_tile = sch.split(tile, [None, info["register_tiles"]], disable_predication=True)
     blocks, vectors, vector = sch.split(channel, [None, info["block"] // lanes, lanes])
     step, k = sch.split(ic, [None, dot.depth if dot else 1])
-    sch.reorder(i, j, blocks, tiles, step, inner_tile, vectors, vector, k)
-    product = sch.fuse(i, j)
+    outer = [blocks, i, j] if info["blocks_first"] else [i, j, blocks]
+    sch.reorder(*outer, tiles, step, inner_tile, vectors, vector, k)
+    product = blocks if info["blocks_first"] else sch.fuse(i, j)
     written = sch.cache_write(block, 0, "local")
     _spread_places(sch, written, 4)
     sch.reverse_compute_at(written, tiles, preserve_unit_loops=True)
@@ -356,7 +368,7 @@ def _write_products(
     sch: s_tir.Schedule, block: SBlockRV, product: LoopRV, lanes: int, dot: Dot | None
 ) -> None:
     """Take the first values of the sums out of their loops, and multiply by the target's instruction."""
-    _, tiles, step, *_, vector, _ = kernel.inner(sch, block, product)
+    *_, tiles, step, _, _, vector, _ = kernel.inner(sch, block, product)
     init = sch.decompose_reduction(block, step)
     if dot:
         kernel.vectorize_inner(sch, kernel.inner(sch, init, tiles), lanes)

@@ -1,9 +1,13 @@
 """Winograd's algorithm for 3 x 3 convolutions: its matrices, its weights, and what it computes, in numpy.
 
-F(m x m, 3 x 3) computes m x m outputs from a patch of n x n = (m + 2) x (m + 2) inputs with n * n instead of
-9 * m * m multiplications: `AT [(G g GT) * (BT d B)] A` for a patch d and the 3 x 3 weights g (Lavin and Gray
-2016). The matrices are Toom and Cook's for the points 0, +-p_1, +-p_2, ... and infinity. As the points come
-in pairs, each pair's rows of BT are the sum and the difference of the same two terms.
+An algorithm computes m x m outputs from a patch of inputs: `AT [(G g GT) * (BT d B)] A` for a patch d and the
+3 x 3 weights g (Lavin and Gray 2016). At stride 1 it is F(m x m, 3 x 3), whose n * n = (m + 2) * (m + 2)
+products replace 9 * m * m. At stride 2 each axis is the sum of two convolutions at stride 1: of its even
+samples with the outer taps, by F(m, 2), and of its odd samples with the middle tap, directly. That takes
+n = 2 * m + 1 products an axis; the last m of them share their weights.
+
+The matrices are Toom and Cook's for chosen points and infinity. The rows of BT for a point and its negative
+are the sum and the difference of the same two terms.
 
 `IntegerAlgorithm` is the same with matrices of integers, so that integers stay exact.
 """
@@ -21,77 +25,153 @@ KERNEL_SIZE = 3
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) for symmetric points.
+    """How m x m outputs of a 3 x 3 convolution are computed from a patch of its inputs.
 
     Attributes
     ----------
     name
-        "F2" or "F4".
+        "F2" or "F4" at stride 1, "S2" or "S4" at stride 2.
     points
-        The positive ones of the points besides 0 and infinity, m / 2 of them.
+        The finite ones; those that come with their negatives stand before it.
     relative_error
         The largest error of any output that float32 gives on values of one magnitude, relative to the
         largest output. Tested; far less is usual.
+    stride
+        1 or 2, the convolution's in both directions.
     """
 
     name: str
     points: tuple[float, ...]
     relative_error: float
+    stride: int = 1
+
+    @property
+    def taps(self) -> range:
+        """The taps of an axis that are computed by the points: all three, or those of the even samples."""
+        return range(0, KERNEL_SIZE, self.stride)
 
     @property
     def m(self) -> int:
         """Rows and columns of outputs that a tile has."""
-        return 2 * len(self.points)
+        return len(self.points) + 2 - len(self.taps)
 
     @property
     def n(self) -> int:
+        """Rows and columns of products that a tile takes."""
+        return len(self.points) + 1 + (self.stride - 1) * self.m
+
+    @property
+    def patch(self) -> int:
         """Rows and columns of inputs that a tile reads."""
-        return self.m + KERNEL_SIZE - 1
+        return self.extent(1)
+
+    def extent(self, tiles: int) -> int:
+        """Rows or columns of inputs that so many tiles side by side read."""
+        return (tiles * self.m - 1) * self.stride + KERNEL_SIZE
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows and columns of transformed weights."""
+        return len(self.points) + self.stride
+
+    @property
+    def places(self) -> np.ndarray:
+        """The row of transformed weights that each row of products takes, int64 [n]."""
+        return np.minimum(np.arange(self.n), self.weight_rows - 1)
 
     @cached_property
     def weight_matrix(self) -> np.ndarray:
-        """G, float64 [n, 3]."""
-        return _weight_matrix(self.points)
+        """G, float64 [weight_rows, 3]."""
+        return self._weights_at_points / self._divisors[:, None]
 
     @cached_property
     def input_matrix(self) -> np.ndarray:
-        """BT, float64 [n, n]."""
-        return _input_matrix(self.points)
+        """BT, float64 [n, patch]."""
+        return self._inputs_of_products()
+
+    def _inputs_of_products(self) -> np.ndarray:
+        matrix = np.zeros((self.n, self.patch))
+        computed = len(self.points) + 1
+        even = slice(0, computed * self.stride, self.stride)
+        for row, point in enumerate(self.points):
+            matrix[row, even][:-1] = _polynomial([other for other in self.points if other != point])
+        matrix[computed - 1, even] = _polynomial(self.points)
+        for output in range(self.n - computed):
+            matrix[computed + output, 2 * output + 1] = 1
+        return matrix
 
     @cached_property
     def output_matrix(self) -> np.ndarray:
         """AT, float64 [m, n]."""
-        return _output_matrix(self.points)
+        return self._outputs_of_products()
+
+    def _outputs_of_products(self) -> np.ndarray:
+        powers = np.vander(self.points, self.m, increasing=True).T
+        unit = np.eye(self.m)
+        return np.hstack([powers, unit[:, -1:], *[unit] * (self.stride - 1)])
+
+    @cached_property
+    def _weights_at_points(self) -> np.ndarray:
+        """G times its divisors: the taps' polynomial at the points and infinity, then the tap by itself."""
+        matrix = np.zeros((self.weight_rows, KERNEL_SIZE))
+        matrix[: len(self.points), self.taps] = np.vander(self.points, len(self.taps), increasing=True)
+        matrix[len(self.points), self.taps[-1]] = 1
+        matrix[len(self.points) + 1 :, 1] = 1
+        return matrix
+
+    @cached_property
+    def _divisors(self) -> np.ndarray:
+        """What the rows of G are divided by, float64 [weight_rows]."""
+        others = [[other for other in self.points if other != point] for point in self.points]
+        products = (math.prod(p - q for q in rest) for p, rest in zip(self.points, others, strict=True))
+        return np.array([*products, *[1.0] * self.stride])
+
+    def _has_negative(self, index: int) -> bool:
+        """Whether the point behind that of an index is its negative."""
+        points = self.points[index : index + 2]
+        return len(points) == 2 and points[0] == -points[1]
 
     def transform_input(
         self, values: Sequence[Any], constant: Callable[[Any], Any] | None = None
     ) -> list[Any]:
-        """Return BT d for one column d of n values: numbers, arrays or TVM expressions.
+        """Return BT d for one column d of a patch: numbers, arrays or TVM expressions.
 
         `constant` makes of a factor what the values can be multiplied by; else it is of float32.
         """
         matrix = self.input_matrix
-        result = [linear(matrix[0], values, constant)]
-        for row in range(1, self.n - 1, 2):
-            even, odd = matrix[row].copy(), matrix[row].copy()
-            even[1::2], odd[0::2] = 0, 0
-            first, second = linear(even, values, constant), linear(odd, values, constant)
-            result += [first + second, first - second]
-        return [*result, linear(matrix[-1], values, constant)]
+        result: list[Any] = []
+        while len(result) < self.n:
+            row = matrix[len(result)]
+            if self._has_negative(len(result)):
+                other = matrix[len(result) + 1]
+                first = linear((row + other) / 2, values, constant)
+                second = linear((row - other) / 2, values, constant)
+                result += [first + second, first - second]
+            else:
+                result.append(linear(row, values, constant))
+        return result
 
     def transform_output(
         self, values: Sequence[Any], constant: Callable[[Any], Any] | None = None
     ) -> list[Any]:
         """Return AT v for one column v of n values, as transform_input."""
-        pairs = range(1, self.n - 1, 2)
-        sums = [values[index] + values[index + 1] for index in pairs]
-        differences = [values[index] - values[index + 1] for index in pairs]
-        result = []
-        for row, factors in enumerate(self.output_matrix):
-            terms = differences if row % 2 else sums
-            needed = factors[[0, *pairs, self.n - 1]]
-            result.append(linear(needed, [values[0], *terms, values[-1]], constant))
-        return result
+        matrix = self.output_matrix
+        signs = (-1) ** np.arange(self.m)
+        # Integer matrices have what G was multiplied by in them, which need not be the same for both.
+        pairs = [
+            index
+            for index in range(len(self.points))
+            if self._has_negative(index) and np.array_equal(matrix[:, index], signs * matrix[:, index + 1])
+        ]
+        sums, differences = list(values), list(values)
+        for index in pairs:
+            sums[index] = values[index] + values[index + 1]
+            differences[index] = values[index] - values[index + 1]
+        alone = [index for index in range(self.n) if index - 1 not in pairs]
+        return [
+            linear(factors[alone], [(differences if row % 2 else sums)[index] for index in alone], constant)
+            for row, factors in enumerate(matrix)
+        ]
 
 
 @dataclass(frozen=True)
@@ -105,25 +185,21 @@ class IntegerAlgorithm(Algorithm):
     """
 
     @cached_property
-    def _slopes(self) -> np.ndarray:
-        """What each row of G was multiplied by to be one of integers, int64 [n]."""
-        return np.rint(1 / np.array([*_weight_matrix(self.points)[:-1, 0], 1])).astype(np.int64)
-
-    @cached_property
     def weight_matrix(self) -> np.ndarray:
-        """G with rows of integers, int64 [n, 3]."""
-        return np.rint(_weight_matrix(self.points) * self._slopes[:, None]).astype(np.int64)
+        """G with rows of integers, int64 [weight_rows, 3]."""
+        return np.rint(self._weights_at_points).astype(np.int64)
 
     @cached_property
     def input_matrix(self) -> np.ndarray:
-        """BT, int64 [n, n]."""
-        return np.rint(_input_matrix(self.points)).astype(np.int64)
+        """BT, int64 [n, patch]."""
+        return np.rint(self._inputs_of_products()).astype(np.int64)
 
     @cached_property
     def _multiplied(self) -> tuple[np.ndarray, np.ndarray]:
         """AT in integers, and what its rows multiply each output by."""
-        whole = math.lcm(*map(int, self._slopes))
-        matrix = np.rint(_output_matrix(self.points)).astype(np.int64) * (whole // self._slopes)
+        divisors = np.rint(self._divisors).astype(np.int64)
+        whole = math.lcm(*map(int, divisors))
+        matrix = np.rint(self._outputs_of_products()).astype(np.int64) * (whole // divisors)[self.places]
         common = np.gcd.reduce(matrix, axis=1)
         return matrix // common[:, None], whole // common
 
@@ -159,39 +235,11 @@ class IntegerAlgorithm(Algorithm):
         return largest * int(np.abs(self.input_matrix).sum(axis=1).max()) ** 2
 
 
-def _weight_matrix(points: Sequence[float]) -> np.ndarray:
-    squares = [point**2 for point in points]
-    rows = [[1 / math.prod(-square for square in squares), 0, 0]]
-    for point in points:
-        slope = 2 * point**2 * math.prod(point**2 - other for other in squares if other != point**2)
-        rows += [[1 / slope, sign * point / slope, point**2 / slope] for sign in (1, -1)]
-    return np.array([*rows, [0, 0, 1]], np.float64)
-
-
-def _input_matrix(points: Sequence[float]) -> np.ndarray:
-    squares, size = np.array([point**2 for point in points]), 2 * len(points) + KERNEL_SIZE - 1
-    rows = [_spread(np.poly(squares), 0, size)]
-    for index, point in enumerate(points):
-        others = np.poly(np.delete(squares, index))
-        even, odd = _spread(others, 2, size), point * _spread(others, 1, size)
-        rows += [even + odd, even - odd]
-    return np.stack([*rows, _spread(np.poly(squares), 1, size)])
-
-
-def _output_matrix(points: Sequence[float]) -> np.ndarray:
-    signed = [0.0, *(sign * point for point in points for sign in (1, -1))]
-    powers = np.array([[point**row for point in signed] for row in range(2 * len(points))])
-    infinity = np.zeros((len(powers), 1))
-    infinity[-1] = 1
-    return np.concatenate([powers, infinity], axis=1)
-
-
-def _spread(coefficients: np.ndarray, first: int, size: int) -> np.ndarray:
-    """Return a polynomial in x squared, highest power first, as `size` coefficients of x, times x^first."""
-    result = np.zeros(size)
-    terms = np.atleast_1d(coefficients)[::-1]
-    result[first : first + 2 * len(terms) : 2] = terms
-    return result
+def _polynomial(roots: Sequence[float]) -> np.ndarray:
+    """Coefficients, lowest power first, of the product of (x - root)."""
+    # Roots that come with their negatives first: what cancels then does so to the last bit.
+    ordered = sorted(roots, key=lambda root: -root not in roots)
+    return np.atleast_1d(np.poly(ordered))[::-1]
 
 
 def linear(
@@ -215,17 +263,24 @@ def linear(
 
 
 # The points of F4 keep its matrices' entries near 1: a quarter of the error that 0, +-1, +-2 give.
-F2 = Algorithm("F2", (1.0,), 1e-5)
-F4 = Algorithm("F4", (math.sqrt(2), math.sqrt(0.5)), 1e-4)
-ALGORITHMS = {algorithm.name: algorithm for algorithm in (F2, F4)}
+F2 = Algorithm("F2", (0.0, 1.0, -1.0), 1e-5)
+F4 = Algorithm("F4", (0.0, math.sqrt(2), -math.sqrt(2), math.sqrt(0.5), -math.sqrt(0.5)), 1e-4)
+S2 = Algorithm("S2", (0.0, 1.0), 1e-5, stride=2)
+S4 = Algorithm("S4", (0.0, 1.0, -1.0, 2.0), 1e-4, stride=2)
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (F2, F4, S2, S4)}
 INTEGER_ALGORITHMS = {
     algorithm.name: algorithm
-    for algorithm in (IntegerAlgorithm("F2", (1.0,), 0.0), IntegerAlgorithm("F4", (1.0, 2.0), 0.0))
+    for algorithm in (
+        IntegerAlgorithm("F2", F2.points, 0.0),
+        IntegerAlgorithm("F4", (0.0, 1.0, -1.0, 2.0, -2.0), 0.0),
+        IntegerAlgorithm("S2", S2.points, 0.0, stride=2),
+        IntegerAlgorithm("S4", S4.points, 0.0, stride=2),
+    )
 }
 
 
 def transform_weights(weight: np.ndarray, algorithm: Algorithm) -> np.ndarray:
-    """Return G g GT of OIHW weights [n, n, O, I]: float32, computed in float64; int64 of integers."""
+    """Return G g GT of OIHW weights, [weight_rows, weight_rows, O, I]: float32 by float64, or int64."""
     g = algorithm.weight_matrix
     transformed = np.einsum("ik,ockl,jl->ijoc", g, weight.astype(g.dtype), g, optimize=True)
     return transformed if g.dtype == np.int64 else transformed.astype(np.float32)
@@ -246,15 +301,15 @@ def pack_weights(
     Returns
     -------
     numpy.ndarray
-        [n][n][O / block][in_channels / depth][block][depth], without the last axis where depth is 1; float32,
-        or int16 of integers.
+        [rows][rows][O / block][in_channels / depth][block][depth], without the last axis where depth is 1;
+        float32, or int16 of integers. `rows` is the algorithm's weight_rows.
     """
     transformed = transform_weights(weight, algorithm)
-    n, _, outs, ins = transformed.shape
+    rows, _, outs, ins = transformed.shape
     blocks = -(-outs // block)
-    full = np.zeros((n, n, blocks * block, in_channels), transformed.dtype)
+    full = np.zeros((rows, rows, blocks * block, in_channels), transformed.dtype)
     full[:, :, :outs, :ins] = transformed
-    split = full.reshape(n, n, blocks, block, in_channels // depth, depth).swapaxes(3, 4)
+    split = full.reshape(rows, rows, blocks, block, in_channels // depth, depth).swapaxes(3, 4)
     packed = np.ascontiguousarray(split if depth > 1 else split[..., 0])
     if packed.dtype == np.int64:
         assert np.abs(packed).max(initial=0) < 2**15
@@ -265,26 +320,32 @@ def pack_weights(
 def convolution(
     x: np.ndarray, weight: np.ndarray, algorithm: Algorithm, padding: Sequence[int] = (0, 0, 0, 0)
 ) -> np.ndarray:
-    """Convolve NHWC data with OIHW weights of 3 x 3 at stride 1 by the algorithm, in the data's type.
+    """Convolve NHWC data with OIHW weights of 3 x 3 by the algorithm, in the data's type, at its stride.
 
     Parameters
     ----------
     padding
         (top, left, bottom, right), filled with zeros.
     """
-    m, n = algorithm.m, algorithm.n
+    m, patch, step = algorithm.m, algorithm.patch, algorithm.m * algorithm.stride
     top, left, bottom, right = padding
-    count, height, width = x.shape[0], x.shape[1] + top + bottom - 2, x.shape[2] + left + right - 2
+    count, height, width = (
+        x.shape[0],
+        *(
+            (size - KERNEL_SIZE) // algorithm.stride + 1
+            for size in (x.shape[1] + top + bottom, x.shape[2] + left + right)
+        ),
+    )
     rows, columns = -(-height // m), -(-width // m)
-    below, beyond = rows * m + 2 - x.shape[1] - top, columns * m + 2 - x.shape[2] - left
-    padded = np.pad(x, ((0, 0), (top, below), (left, beyond), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (n, n), (1, 2))[:, ::m, ::m]
-    patches = windows.transpose(4, 5, 0, 1, 2, 3)  # [n, n, N, rows, columns, C]
+    below, beyond = algorithm.extent(rows) - x.shape[1] - top, algorithm.extent(columns) - x.shape[2] - left
+    padded = np.pad(x, ((0, 0), (top, max(below, 0)), (left, max(beyond, 0)), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (patch, patch), (1, 2))[:, ::step, ::step]
+    patches = windows.transpose(4, 5, 0, 1, 2, 3)  # [patch, patch, N, rows, columns, C]
     stage = algorithm.transform_input(list(patches))
     data = np.stack([np.stack(algorithm.transform_input(list(row))) for row in stage])
-    products = np.einsum(
-        "ijnyxc,ijoc->ijnyxo", data, transform_weights(weight, algorithm).astype(x.dtype), optimize=True
-    )
+    transformed = transform_weights(weight, algorithm).astype(x.dtype)
+    at_products = transformed[np.ix_(algorithm.places, algorithm.places)]
+    products = np.einsum("ijnyxc,ijoc->ijnyxo", data, at_products, optimize=True)
     stage = algorithm.transform_output(list(products))
     outputs = np.stack([np.stack(algorithm.transform_output(list(row))) for row in stage])
     whole = outputs.transpose(2, 3, 0, 4, 1, 5).reshape(count, rows * m, columns * m, -1)

@@ -70,12 +70,16 @@ class Blocking:
         Tiles of a block.
     vectors, tiles
         Of the matrix product's register tile: vectors of output channels, tiles of the image.
+    blocks_first
+        Whether a block of output channels takes all products before the next one does: products that share
+        their weights then find them in the second cache, where there is room for all transformed inputs.
     """
 
     rows: int
     columns: int
     vectors: int
     tiles: int
+    blocks_first: bool
 
 
 # Register tiles that are considered for each block of tiles.
@@ -100,15 +104,17 @@ def cuts(
         if size > _MOST_BYTES and high * wide > 1:
             continue
         blocks = info["N"] * -(-rows // high) * -(-columns // wide)
-        weights = numbers.data_bytes * algorithm.n**2 * info["IC"] * info["OC"]
+        weights = numbers.data_bytes * algorithm.weight_rows**2 * info["IC"] * info["OC"]
+        memory = _memory_cycles(rules, blocks, weights, size)
         # Fewer blocks than threads are shared by all threads, each of them (winograd.schedule).
         uneven = worst_imbalance(blocks, rules.threads) if blocks >= rules.threads else 1.0
-        memory = _memory_cycles(rules, blocks, weights, size)
+        inputs = algorithm.n**2 * high * wide * info["IC"] * numbers.data_bytes
+        shared = algorithm.weight_rows < algorithm.n and inputs <= rules.l2_bytes // 2
         tiles = fp32.rank_tiles(rules, 1, high * wide, info["OC"], steps)
         for tile in tiles[:_MOST_REGISTER_TILES]:
             product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
             cycles = uneven * max(blocks * algorithm.n**2 * product, memory)
-            found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns)))
+            found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns, shared)))
     found.sort(key=lambda pair: pair[0])
     return {(b.rows, b.columns, b.vectors, b.tiles): b for _, b in found}
 

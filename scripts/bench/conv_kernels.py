@@ -14,13 +14,18 @@ from tvm_compress.schedules import ops, winograd
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, Algorithm
 
-# "direct", and Winograd's algorithms: those of integers have the same names.
-KERNELS = ("direct", *ALGORITHMS)
+# "direct", and Winograd's algorithms, by stride: those of integers have the same names.
+KERNELS = {
+    stride: ("direct", *(name for name, algorithm in ALGORITHMS.items() if algorithm.stride == stride))
+    for stride in (1, 2)
+}
 
 
-def fp32_module(height: int, width: int, in_channels: int, out_channels: int, seed: int = 0) -> tvm.IRModule:
-    """Return a 3 x 3 convolution at stride 1 with padding 1, bias and ReLU on one image."""
-    rng = np.random.default_rng(seed)
+def fp32_module(
+    height: int, width: int, in_channels: int, out_channels: int, stride: int = 1
+) -> tvm.IRModule:
+    """Return a 3 x 3 convolution with padding 1, bias and ReLU on one image."""
+    rng = np.random.default_rng(0)
     weight = rng.standard_normal((out_channels, in_channels, 3, 3)).astype(np.float32)
     bias = rng.standard_normal((1, 1, 1, out_channels)).astype(np.float32)
     x = relax.Var("x", relax.TensorType((1, height, width, in_channels), "float32"))
@@ -28,7 +33,7 @@ def fp32_module(height: int, width: int, in_channels: int, out_channels: int, se
     with builder.function("main", [x]):
         with builder.dataflow():
             y = relax.op.nn.conv2d(
-                x, relax.const(weight), padding=1, data_layout="NHWC", kernel_layout="OIHW"
+                x, relax.const(weight), strides=stride, padding=1, data_layout="NHWC", kernel_layout="OIHW"
             )
             y = builder.emit(relax.op.add(builder.emit(y), relax.const(bias)))
             out = builder.emit_output(relax.op.nn.relu(y))
@@ -36,12 +41,14 @@ def fp32_module(height: int, width: int, in_channels: int, out_channels: int, se
     return builder.get()
 
 
-def int8_module(height: int, width: int, in_channels: int, out_channels: int, seed: int = 0) -> tvm.IRModule:
+def int8_module(
+    height: int, width: int, in_channels: int, out_channels: int, stride: int = 1
+) -> tvm.IRModule:
     """Return the same in integers: what follows is a ReLU's requantization, of a multiplier per channel.
 
     The weights are of a normal distribution, as are trained ones: those of an equal one would need more bits.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.standard_normal((out_channels, in_channels, 3, 3))
     scale = 127 / np.abs(drawn).max(axis=(1, 2, 3), keepdims=True)
     weight = np.rint(drawn * scale).astype(np.int8)
@@ -53,7 +60,7 @@ def int8_module(height: int, width: int, in_channels: int, out_channels: int, se
         with builder.dataflow():
             y = ops.call(
                 "conv2d", [x, relax.const(weight), relax.const(bias)],
-                strides=[1, 1], padding=[1, 1, 1, 1], dilation=[1, 1], groups=1, zero_point=-128,
+                strides=[stride, stride], padding=[1, 1, 1, 1], dilation=[1, 1], groups=1, zero_point=-128,
                 scheme="int8", activation_bits=8, weight_bits=8,
             )  # fmt: skip
             bound = int(255 * np.abs(weight.astype(np.int64)).sum(axis=(1, 2, 3)).max() + 1000)
@@ -66,11 +73,12 @@ def int8_module(height: int, width: int, in_channels: int, out_channels: int, se
     return builder.get()
 
 
-# By the name of the table (kernel_tables.load_rows).
 MODULES = {"conv2d_fp32": fp32_module, "conv2d_int8": int8_module}
 
 
-def build_conv(operator: str, shape: Sequence[int], kernel: str, target: Target, path: Path) -> Path | None:
+def build_conv(
+    operator: str, shape: Sequence[int], stride: int, kernel: str, target: Target, path: Path
+) -> Path | None:
     """Compile a convolution of (H, W, IC, OC) with the kernel of that name; returns the library.
 
     None where the kernel cannot compute it: integers that may not fit.
@@ -85,7 +93,7 @@ def build_conv(operator: str, shape: Sequence[int], kernel: str, target: Target,
         return algorithms.get(kernel)
 
     with patch.object(winograd, "choose_algorithm", choose):
-        lowered = lower_to_kernels(MODULES[operator](*shape), target)
+        lowered = lower_to_kernels(MODULES[operator](*shape, stride), target)
     if not fits:
         return None
     compiler = export_fcompile(str(target.attrs.get("mtriple", "")))

@@ -1,6 +1,6 @@
 """Measures which kernel is the fastest for which shape, and writes the table that the schedules choose by.
 
-usage: python scripts/bench/kernel_table.py [--device DEVICE] [--only OPERATOR ...] [--resume] [--quick]
+usage: python scripts/bench/kernel_table.py [--device DEVICE] [--only TABLE ...] [--resume] [--quick]
                                             [--output FILE]
 
 The table goes to tvm_compress/schedules/tables/ISA.json, for the instruction set of the device's target. On
@@ -44,7 +44,24 @@ SHAPES = [
     *((56, ins, outs) for ins, outs in ((3, 32), (16, 16), (32, 32), (64, 64))),
     *((112, ins, outs) for ins, outs in ((3, 16), (16, 16), (32, 32))),
 ]
+STRIDED_SHAPES = [
+    *((4, ins, outs) for ins, outs in ((32, 64), (64, 128), (128, 256), (256, 512))),
+    *((7, ins, outs) for ins, outs in ((32, 64), (128, 256), (256, 512))),
+    *((8, ins, outs) for ins, outs in ((16, 32), (32, 64), (64, 128), (128, 256))),
+    *((14, ins, outs) for ins, outs in ((16, 32), (32, 64), (64, 128), (128, 256))),
+    *((16, ins, outs) for ins, outs in ((3, 32), (16, 32), (32, 64), (64, 128))),
+    *((28, ins, outs) for ins, outs in ((16, 32), (32, 64), (64, 128))),
+    *((32, ins, outs) for ins, outs in ((3, 16), (16, 32), (32, 64))),
+    *((56, ins, outs) for ins, outs in ((3, 32), (16, 32), (32, 64))),
+    *((112, ins, outs) for ins, outs in ((3, 16), (16, 32))),
+]
 QUICK_SHAPES = [(7, 64, 64), (16, 32, 32), (28, 1, 16)]
+# By the name of the table (kernel_tables.load_rows): the operator, its stride, and the shapes.
+TABLES = {
+    kernel_tables.name_of(operator, stride): (operator, stride, shapes)
+    for operator in MODULES
+    for stride, shapes in ((1, SHAPES), (2, STRIDED_SHAPES))
+}
 
 
 def cost(result: LatencyResult, weight_bytes: int) -> float:
@@ -59,18 +76,19 @@ def cost(result: LatencyResult, weight_bytes: int) -> float:
 
 
 def measure_shape(
-    device: Device, operator: str, shape: tuple[int, int, int], settings: MeasurementSettings
+    device: Device, operator: str, stride: int, shape: tuple[int, int, int], settings: MeasurementSettings
 ) -> dict[str, Any]:
     """Row of the table."""
     size, ins, outs = shape
     target = parse_target(TARGETS[device.name])
     with tempfile.TemporaryDirectory() as folder:
+        extents = (size * stride, size * stride, ins, outs)
         built = {
-            name: build_conv(operator, (size, size, ins, outs), name, target, Path(folder) / f"{name}.so")
-            for name in KERNELS
+            name: build_conv(operator, extents, stride, name, target, Path(folder) / f"{name}.so")
+            for name in KERNELS[stride]
         }
         libraries = {name: path for name, path in built.items() if path is not None}
-        x = np.ones((1, size, size, ins), np.float32 if operator == "conv2d_fp32" else np.int8)
+        x = np.ones((1, *extents[:3]), np.float32 if operator == "conv2d_fp32" else np.int8)
         found = measure(device, libraries, [x], settings)
     costs = {name: cost(found[name].result, weight_bytes(operator, name, ins * outs)) for name in libraries}
     rounded = {name: float(f"{value:.4g}") for name, value in costs.items()}
@@ -82,7 +100,7 @@ def weight_bytes(operator: str, kernel: str, channels: int) -> int:
     direct, transformed = (4, 4) if operator == "conv2d_fp32" else (1, 2)
     if kernel == "direct":
         return direct * KERNEL_SIZE**2 * channels
-    return transformed * ALGORITHMS[kernel].n ** 2 * channels
+    return transformed * ALGORITHMS[kernel].weight_rows ** 2 * channels
 
 
 def write_table(path: Path, isa: str, device: str, tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -115,7 +133,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=tuple(TARGETS), default="local")
-    parser.add_argument("--only", nargs="+", choices=tuple(MODULES), default=tuple(MODULES))
+    parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=tuple(TABLES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--quick", action="store_true")
@@ -127,15 +145,16 @@ def main() -> None:
     if path.exists():
         tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
     settings = MeasurementSettings(warmup=2, repeat=15 if arguments.device == "local" else 1, min_repeat_ms=4)
-    for operator in arguments.only:
-        rows = tables[operator] = tables.get(operator, []) if arguments.resume else []
+    for name in arguments.only:
+        operator, stride, shapes = TABLES[name]
+        rows = tables[name] = tables.get(name, []) if arguments.resume else []
         known = {(row["H"], row["IC"], row["OC"]) for row in rows}
-        for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+        for shape in QUICK_SHAPES if arguments.quick else shapes:
             if shape in known:
                 continue
-            rows.append(measure_shape(device, operator, shape, settings))
+            rows.append(measure_shape(device, operator, stride, shape, settings))
             costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
-            print(operator, "{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
+            print(name, "{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
             write_table(path, isa, arguments.device, tables)
 
 

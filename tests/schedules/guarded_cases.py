@@ -23,7 +23,7 @@ from tvm_compress.schedules import ops, reference, target_rules, winograd
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.intrin.narrow import narrow_dot_for
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.schedules.winograd_algorithm import F2, F4, INTEGER_ALGORITHMS
+from tvm_compress.schedules.winograd_algorithm import F2, F4, INTEGER_ALGORITHMS, S4
 
 HOST = parse_target("host")
 # The kernels of 16-byte vectors, where the host is an x86 too.
@@ -79,10 +79,12 @@ def winograd_fp32() -> Iterator[Case]:
     for algorithm, x_shape, outs, padding in [
         (F2, (1, 8, 9, 24), 24, PADDINGS[0]),
         (F4, (2, 6, 11, 5), 37, PADDINGS[1]),
+        (S4, (1, 13, 16, 21), 21, PADDINGS[0]),
     ]:
-        x, w, other = test_winograd.operands(x_shape, outs, padding)
-        module = test_winograd.conv_module(x_shape, w, padding)
-        sums = reference.convolution(x, w, padding=padding) + np.linspace(-1, 1, outs) + other
+        stride = algorithm.stride
+        x, w, other = test_winograd.operands(x_shape, outs, padding, stride=stride)
+        module = test_winograd.conv_module(x_shape, w, padding, stride)
+        sums = reference.convolution(x, w, (stride, stride), padding) + np.linspace(-1, 1, outs) + other
         yield Case(
             f"{algorithm.name} of {x_shape} to {outs}",
             test_winograd.lower(module, HOST, algorithm),
@@ -120,11 +122,13 @@ def integer_winograd() -> Iterator[Case]:
         (HOST, "F2", (1, 9, 14, 5), 21),
         (HOST, "F4", (2, 7, 8, 16), 24),
         (NARROWEST, "F4", (1, 9, 7, 5), 21),
+        (HOST, "S2", (2, 10, 13, 5), 21),
     ]:
         x, w, b = test_int8.random_site(np.random.default_rng(0), x_shape, (outs, x_shape[3], 3, 3))
         multiplier = np.random.default_rng(1).integers(1 << 29, 1 << 30, outs).astype(np.int32)
-        module = test_winograd_int8.requantized(x, w, b, multiplier)
-        sums = reference.conv2d(x, w, b, -128, padding=test_winograd_int8.SAME)
+        stride = INTEGER_ALGORITHMS[name].stride
+        module = test_winograd_int8.requantized(x, w, b, multiplier, stride)
+        sums = reference.conv2d(x, w, b, -128, [stride, stride], test_winograd_int8.SAME)
         yield Case(
             f"integer {name} of {x_shape} to {outs} for {target.attrs['mcpu']}",
             test_winograd_int8.lower(module, target, INTEGER_ALGORITHMS[name]),

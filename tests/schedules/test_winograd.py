@@ -21,6 +21,8 @@ from tvm_compress.schedules.winograd_algorithm import (
     ALGORITHMS,
     F2,
     F4,
+    S2,
+    S4,
     Algorithm,
     convolution,
     pack_weights,
@@ -30,22 +32,31 @@ from tvm_compress.schedules.winograd_plan import FLOATS, cuts
 
 RPI4 = "raspberry-pi/4b-aarch64"
 SAME = (1, 1, 1, 1)
+EACH = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=list(ALGORITHMS))
+
+
+def output_shape(
+    x_shape: Sequence[int], outs: int, padding: Sequence[int], stride: int = 1
+) -> tuple[int, int, int, int]:
+    rows, columns = ((x_shape[1 + a] + padding[a] + padding[a + 2] - 3) // stride + 1 for a in (0, 1))
+    return x_shape[0], rows, columns, outs
 
 
 def conv_module(
-    x_shape: Sequence[int], weight: np.ndarray, padding: Sequence[int] = SAME, **attrs: Any
+    x_shape: Sequence[int], weight: np.ndarray, padding: Sequence[int] = SAME, stride: int = 1
 ) -> tvm.IRModule:
     """Convolution, bias, the sum with a second input, ReLU: all that a residual block fuses."""
-    rows, columns = (x_shape[1 + a] + padding[a] + padding[a + 2] - 2 for a in (0, 1))
     x = relax.Var("x", relax.TensorType(tuple(x_shape), "float32"))
-    other = relax.Var("other", relax.TensorType((x_shape[0], rows, columns, weight.shape[0]), "float32"))
+    shape = output_shape(x_shape, weight.shape[0], padding, stride)
+    other = relax.Var("other", relax.TensorType(shape, "float32"))
     bias = np.linspace(-1, 1, weight.shape[0], dtype=np.float32)
     builder = relax.BlockBuilder()
     with builder.function("main", [x, other]):
         with builder.dataflow():
             y = relax.op.nn.conv2d(
-                x, relax.const(weight), padding=padding, data_layout="NHWC", kernel_layout="OIHW", **attrs
-            )
+                x, relax.const(weight), strides=stride, padding=padding,
+                data_layout="NHWC", kernel_layout="OIHW",
+            )  # fmt: skip
             y = builder.emit(relax.op.add(builder.emit(y), relax.const(bias)))
             y = builder.emit(relax.op.add(y, other))
             out = builder.emit_output(relax.op.nn.relu(y))
@@ -54,10 +65,15 @@ def conv_module(
 
 
 def error_of(
-    actual: np.ndarray, x: np.ndarray, weight: np.ndarray, other: np.ndarray, padding: Sequence[int] = SAME
+    actual: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    other: np.ndarray,
+    padding: Sequence[int] = SAME,
+    stride: int = 1,
 ) -> float:
     """Largest error of what `conv_module` gives, relative to the largest value before the ReLU."""
-    exact = reference.convolution(x.astype(np.float64), weight.astype(np.float64), padding=padding)
+    exact = reference.convolution(x.astype(np.float64), weight.astype(np.float64), (stride, stride), padding)
     exact += np.linspace(-1, 1, weight.shape[0]) + other
     return relative_error(actual, np.maximum(exact, 0), np.abs(exact).max())
 
@@ -67,7 +83,12 @@ def relative_error(actual: np.ndarray, exact: np.ndarray, scale: float) -> float
 
 
 def lower(module: tvm.IRModule, target: Target, algorithm: Algorithm | None) -> tvm.IRModule:
-    with patch.object(winograd, "choose_algorithm", lambda *arguments: algorithm):
+    """Lower with the algorithm, where it applies."""
+
+    def choose(info: Any, rules: Any, operator: str, allowed: dict[str, Algorithm]) -> Algorithm | None:
+        return allowed.get(algorithm.name) if algorithm else None
+
+    with patch.object(winograd, "choose_algorithm", choose):
         return apply.lower_to_kernels(module, target)
 
 
@@ -78,43 +99,49 @@ def run(module: tvm.IRModule, target: Target, *inputs: np.ndarray) -> np.ndarray
 
 
 def operands(
-    x_shape: Sequence[int], outs: int, padding: Sequence[int], seed: int = 0
+    x_shape: Sequence[int], outs: int, padding: Sequence[int], seed: int = 0, stride: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    count, height, width, ins = x_shape
-    shape = (count, height + padding[0] + padding[2] - 2, width + padding[1] + padding[3] - 2, outs)
-    x, weight, other = (
-        rng.standard_normal(s).astype(np.float32) for s in (x_shape, (outs, ins, 3, 3), shape)
-    )
+    shapes = x_shape, (outs, x_shape[-1], 3, 3), output_shape(x_shape, outs, padding, stride)
+    x, weight, other = (rng.standard_normal(s).astype(np.float32) for s in shapes)
     return x, weight, other
 
 
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 def test_the_matrices_are_an_algorithm_of_convolution(algorithm: Algorithm) -> None:
     """Output a is the sum over taps k of weight k times input a + k, for all weights and inputs."""
-    at, bt, g = algorithm.output_matrix, algorithm.input_matrix, algorithm.weight_matrix
+    at, bt, g = algorithm.output_matrix, algorithm.input_matrix, algorithm.weight_matrix[algorithm.places]
     products = np.einsum("ai,ik,id->akd", at, g, bt)
-    taps = [[[float(d == a + k) for d in range(algorithm.n)] for k in range(3)] for a in range(algorithm.m)]
-    np.testing.assert_allclose(products, taps, atol=1e-14)
+    np.testing.assert_allclose(products, taps(algorithm), atol=1e-14)
     column = list(np.random.default_rng(0).standard_normal(algorithm.n))
-    np.testing.assert_allclose(algorithm.transform_input(column), bt @ column, atol=1e-6)
+    patch = column[: algorithm.patch]
+    np.testing.assert_allclose(algorithm.transform_input(patch), bt @ patch, atol=1e-6)
     np.testing.assert_allclose(algorithm.transform_output(column), at @ column, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", [F2, F4])
+def taps(algorithm: Algorithm) -> np.ndarray:
+    """[output, tap, input]: what each output of a column is of the taps times the inputs."""
+    result = np.zeros((algorithm.m, 3, algorithm.patch))
+    for output, tap in np.ndindex(algorithm.m, 3):
+        result[output, tap, output * algorithm.stride + tap] = 1
+    return result
+
+
+@EACH
 @pytest.mark.parametrize("padding", [SAME, (0, 0, 0, 0), (0, 1, 2, 3)])
 def test_the_reference_computes_convolutions(algorithm: Algorithm, padding: tuple[int, ...]) -> None:
     x, weight, _ = operands((2, 6, 11, 5), 7, padding)
-    exact = reference.convolution(x.astype(np.float64), weight.astype(np.float64), padding=padding)
+    strides = (algorithm.stride, algorithm.stride)
+    exact = reference.convolution(x.astype(np.float64), weight.astype(np.float64), strides, padding)
     actual = convolution(x.astype(np.float64), weight, algorithm, padding)
     assert relative_error(actual, exact, np.abs(exact).max()) < 1e-6
 
 
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 def test_packed_weights_are_the_transformed_ones_and_zeros(algorithm: Algorithm) -> None:
     weight = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype(np.float32)
     packed = pack_weights(weight, algorithm, 4, 8)
-    assert packed.shape == (algorithm.n, algorithm.n, 2, 8, 4)
+    assert packed.shape == (algorithm.weight_rows, algorithm.weight_rows, 2, 8, 4)
     np.testing.assert_array_equal(packed[:, :, 1, :3, 0], transform_weights(weight, algorithm)[:, :, 4])
     assert not packed[:, :, :, 3:].any()
     assert not packed[:, :, 1, :, 1:].any()
@@ -133,35 +160,39 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=10, deadline=None)
-@given(convolutions(), st.sampled_from([F2, F4]))
+@settings(max_examples=16, deadline=None)
+@given(convolutions(), st.sampled_from(list(ALGORITHMS.values())))
 def test_any_convolution_with_what_follows_it(case: dict[str, Any], algorithm: Algorithm) -> None:
-    x, weight, other = operands(**case)
+    padding, stride = case["padding"], algorithm.stride
+    x, weight, other = operands(**case, stride=stride)
     target = parse_target("host")
-    module = lower(conv_module(x.shape, weight, case["padding"]), target, algorithm)
-    actual = run(module, target, x, other)
-    assert error_of(actual, x, weight, other, case["padding"]) < algorithm.relative_error
+    lowered = lower(conv_module(x.shape, weight, padding, stride), target, algorithm)
+    assert apply.kernel_infos(lowered, target)[0].features["backend_winograd"] == 1
+    actual = run(lowered, target, x, other)
+    assert error_of(actual, x, weight, other, padding, stride) < algorithm.relative_error
 
 
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 @pytest.mark.parametrize(("size", "ins"), [(12, 16), (8, 512)])
 def test_errors_stay_within_the_stated_bound(algorithm: Algorithm, size: int, ins: int) -> None:
-    x, weight, other = operands((1, size, size, ins), 16, SAME)
+    x, weight, other = operands((1, size, size, ins), 16, SAME, stride=algorithm.stride)
     target = parse_target("host")
-    lowered = lower(conv_module(x.shape, weight), target, algorithm)
+    lowered = lower(conv_module(x.shape, weight, stride=algorithm.stride), target, algorithm)
     machine = relax.VirtualMachine(relax.build(lowered, target=target), tvm.cpu())
     # Images are not centred in general: sums then do not cancel.
     for data in (x, np.abs(x)):
         actual = machine["main"](*map(tvm.runtime.tensor, (data, other))).numpy()
-        assert error_of(actual, data, weight, other) < algorithm.relative_error
+        error = error_of(actual, data, weight, other, stride=algorithm.stride)
+        assert error < algorithm.relative_error
 
 
 @pytest.mark.parametrize("name", ["host", RPI4])
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 def test_what_follows_is_fused_and_it_runs_as_one_kernel(name: str, algorithm: Algorithm) -> None:
     target = parse_target(name)
     weight = np.ones((16, 16, 3, 3), np.float32)
-    module = lower(conv_module((1, 8, 8, 16), weight), target, algorithm)
+    extent, stride = 8 * algorithm.stride, algorithm.stride
+    module = lower(conv_module((1, extent, extent, 16), weight, stride=stride), target, algorithm)
     (info,) = apply.kernel_infos(module, target)
     assert info.kind == "conv2d_fp32"
     assert info.features["backend_winograd"] == 1
@@ -169,24 +200,28 @@ def test_what_follows_is_fused_and_it_runs_as_one_kernel(name: str, algorithm: A
     assert info.features["macs"] == 64 * 16 * 16 * 9
 
 
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 def test_executed_counts_hold_the_multiplications_and_the_transforms(algorithm: Algorithm) -> None:
     target = parse_target(RPI4)
-    module = lower(conv_module((1, 8, 8, 16), np.ones((16, 16, 3, 3), np.float32)), target, algorithm)
+    extent, weight = 8 * algorithm.stride, np.ones((16, 16, 3, 3), np.float32)
+    module = conv_module((1, extent, extent, 16), weight, stride=algorithm.stride)
+    module = lower(module, target, algorithm)
     (info,) = apply.kernel_infos(module, target)
     tiles = (8 // algorithm.m) ** 2
     # One vector of 4 outputs a multiplication and an addition.
     assert info.features["sum_ops"] == 2 * tiles * algorithm.n**2 * 16 * 16 / 4
     # Each of the n * n numbers is one of n that a column gives, in each of the two passes of both transforms.
     matrices = (algorithm.input_matrix, algorithm.output_matrix)
-    most = sum(np.count_nonzero(m) * 2 * (len(m) + algorithm.n) for m in matrices) * tiles * 16 / 4
+    most = sum(np.count_nonzero(m) * 2 * sum(m.shape) for m in matrices) * tiles * 16 / 4
     assert most / 4 < info.features["vector_ops"] - 3 * 64 * 16 / 4 < most
 
 
-@pytest.mark.parametrize(("shape", "algorithm"), [((1, 16, 16, 64), F4), ((3, 40, 33, 16), F2)])
+@pytest.mark.parametrize(
+    ("shape", "algorithm"), [((1, 16, 16, 64), F4), ((3, 40, 33, 16), F2), ((1, 16, 15, 64), S4)]
+)
 def test_results_do_not_depend_on_threads(shape: tuple[int, ...], algorithm: Algorithm) -> None:
-    x, weight, other = operands(shape, 64, SAME)
-    module = conv_module(x.shape, weight)
+    x, weight, other = operands(shape, 64, SAME, stride=algorithm.stride)
+    module = conv_module(x.shape, weight, stride=algorithm.stride)
     results, parallel = [], []
     for threads in (1, 2, 8):
         target = parse_target(f"{_host_options()} -num-cores={threads}")
@@ -212,9 +247,15 @@ def _is_parallel(func: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("kernel", "attrs"),
-    [(3, {"strides": 2}), (3, {"dilation": 2}), (3, {"groups": 2}), (1, {}), (5, {})],
-)
-def test_other_convolutions_get_the_direct_kernel(kernel: int, attrs: dict[str, int]) -> None:
+    [
+        (3, {"strides": 3}), (3, {"strides": [1, 2]}), (3, {"strides": 2, "dilation": 2}),
+        (3, {"dilation": 2}), (3, {"groups": 2}), (1, {}), (5, {"strides": 2}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("algorithm", [F4, S4])
+def test_other_convolutions_get_the_direct_kernel(
+    algorithm: Algorithm, kernel: int, attrs: dict[str, Any]
+) -> None:
     weight = np.ones((8, 8 // attrs.get("groups", 1), kernel, kernel), np.float32)
     x = relax.Var("x", relax.TensorType((1, 12, 12, 8), "float32"))
     builder = relax.BlockBuilder()
@@ -225,12 +266,12 @@ def test_other_convolutions_get_the_direct_kernel(kernel: int, attrs: dict[str, 
             )
         builder.emit_func_output(out)
     target = parse_target("host")
-    (info,) = apply.kernel_infos(lower(builder.get(), target, F4), target)
+    (info,) = apply.kernel_infos(lower(builder.get(), target, algorithm), target)
     assert info.features["backend_winograd"] == 0
 
 
 @pytest.mark.parametrize("name", [RPI4, "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"])
-@pytest.mark.parametrize("algorithm", [F2, F4])
+@EACH
 @pytest.mark.parametrize(("size", "channels"), [(4, 512), (7, 64), (28, 8), (32, 37), (224, 64)])
 def test_blocks_cover_the_image_and_tiles_fit_the_registers(
     name: str, algorithm: Algorithm, size: int, channels: int
@@ -247,20 +288,23 @@ def test_blocks_cover_the_image_and_tiles_fit_the_registers(
         assert 4 * algorithm.n**2 * blocking.rows * blocking.columns * 2 * channels <= 4 << 20
 
 
-@pytest.mark.parametrize("name", [RPI4, "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"])
-def test_the_tables_choose_what_was_measured_as_fastest(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stride"), [(RPI4, 1), (RPI4, 2), ("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu", 1)]
+)
+def test_the_tables_choose_what_was_measured_as_fastest(name: str, stride: int) -> None:
     rules = rules_for(parse_target(name))
-    rows = kernel_tables.load_rows(rules.isa, "conv2d_fp32")
+    rows = kernel_tables.load_rows(rules.isa, kernel_tables.name_of("conv2d_fp32", stride))
     assert len(rows) > 20
     chosen = set()
     for row in rows:
-        info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"]}
-        algorithm = winograd.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS)
+        info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"], "stride": stride}
+        allowed = winograd.of_stride(ALGORITHMS, info)
+        algorithm = winograd.choose_algorithm(info, rules, "conv2d_fp32", allowed)
         kernel = algorithm.name if algorithm else "direct"
         assert row["costs"][kernel] == min(row["costs"].values())
         chosen.add(kernel)
     # Each kernel is there because it is the fastest somewhere.
-    assert chosen == {"direct", *ALGORITHMS}
+    assert chosen == {"direct", *allowed}
 
 
 def test_overhanging_tiles_count_in_the_costs() -> None:
@@ -280,7 +324,7 @@ def test_overhanging_tiles_count_in_the_costs() -> None:
 
 def test_targets_without_a_table_get_the_direct_kernel() -> None:
     rules = rules_for(parse_target("llvm -mcpu=apple-m1 -mtriple=aarch64-linux-gnu"))
-    info = {"OH": 32, "OW": 32, "IC": 64, "OC": 64}
+    info = {"OH": 32, "OW": 32, "IC": 64, "OC": 64, "stride": 1}
     assert winograd.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS) is None
 
 
@@ -290,6 +334,8 @@ EMULATED: list[tuple[tuple[int, ...], int, tuple[int, ...], Algorithm]] = [
     ((1, 8, 8, 16), 16, SAME, F4),
     ((2, 7, 9, 5), 19, (0, 1, 2, 0), F2),
     ((2, 7, 9, 5), 19, (0, 1, 2, 0), F4),
+    ((1, 16, 16, 16), 16, SAME, S4),
+    ((2, 7, 14, 5), 19, (0, 1, 2, 0), S2),
 ]
 
 
@@ -297,11 +343,12 @@ def test_the_emulated_a72_computes_them_too(tmp_path: Path) -> None:
     target = parse_target(RPI4)
     with open_device("emulated-a72").open() as session:
         for index, (shape, outs, padding, algorithm) in enumerate(EMULATED):
-            x, weight, other = operands(shape, outs, padding)
+            x, weight, other = operands(shape, outs, padding, stride=algorithm.stride)
             library = tmp_path / f"{index}.so"
-            lowered = lower(conv_module(shape, weight, padding), target, algorithm)
+            lowered = lower(conv_module(shape, weight, padding, algorithm.stride), target, algorithm)
             relax.build(lowered, target=target).export_library(
                 str(library), fcompile=export_fcompile("aarch64-linux-gnu")
             )
             (actual,) = session.run(library, [x, other])
-            assert error_of(actual, x, weight, other, padding) < algorithm.relative_error
+            error = error_of(actual, x, weight, other, padding, algorithm.stride)
+            assert error < algorithm.relative_error

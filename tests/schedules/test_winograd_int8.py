@@ -13,6 +13,7 @@ from tvm import relax
 from tvm.target import Target
 
 from tests.schedules.test_int8 import A72, HOST, make_site, random_site
+from tests.schedules.test_winograd import taps
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
 from tvm_compress.schedules import apply, kernel_tables, ops, reference, winograd
@@ -26,7 +27,8 @@ from tvm_compress.schedules.winograd_algorithm import (
 
 SAME = [1, 1, 1, 1]
 F2, F4 = INTEGER_ALGORITHMS["F2"], INTEGER_ALGORITHMS["F4"]
-BOTH = pytest.mark.parametrize("algorithm", [F2, F4], ids=["F2", "F4"])
+S2, S4 = INTEGER_ALGORITHMS["S2"], INTEGER_ALGORITHMS["S4"]
+EACH = pytest.mark.parametrize("algorithm", INTEGER_ALGORITHMS.values(), ids=list(INTEGER_ALGORITHMS))
 
 
 def lower(module: tvm.IRModule, target: Target, algorithm: IntegerAlgorithm) -> tvm.IRModule:
@@ -46,20 +48,22 @@ def run(module: tvm.IRModule, x: np.ndarray, algorithm: IntegerAlgorithm, target
     return result
 
 
-@BOTH
+@EACH
 def test_the_matrices_are_an_algorithm_of_convolution(algorithm: IntegerAlgorithm) -> None:
     """Output a is the sum over taps k of weight k times input a + k, times the factor of row a."""
-    at, bt, g = algorithm.output_matrix, algorithm.input_matrix, algorithm.weight_matrix
+    # In this order: what scales the outputs shall not depend on which matrix was asked for first.
+    factors, at = algorithm.row_factors, algorithm.output_matrix
+    bt, g = algorithm.input_matrix, algorithm.weight_matrix[algorithm.places]
     assert all(matrix.dtype == np.int64 for matrix in (at, bt, g))
     products = np.einsum("ai,ik,id->akd", at, g, bt)
-    taps = [[[int(d == a + k) for d in range(algorithm.n)] for k in range(3)] for a in range(algorithm.m)]
-    np.testing.assert_array_equal(products, np.array(taps) * algorithm.row_factors[:, None, None])
+    np.testing.assert_array_equal(products, taps(algorithm) * factors[:, None, None])
     column = list(np.random.default_rng(0).integers(-99, 99, algorithm.n))
-    assert algorithm.transform_input(column, int) == list(bt @ column)
+    patch = column[: algorithm.patch]
+    assert algorithm.transform_input(patch, int) == list(bt @ patch)
     assert algorithm.transform_output(column, int) == list(at @ column)
 
 
-@BOTH
+@EACH
 @given(value=st.integers(-(2**29), 2**29))
 @settings(max_examples=50, deadline=None)
 def test_factors_are_undone_modulo_32_bits(algorithm: IntegerAlgorithm, value: int) -> None:
@@ -72,7 +76,7 @@ def test_factors_are_undone_modulo_32_bits(algorithm: IntegerAlgorithm, value: i
             assert signed >> (shift + other) == value
 
 
-@BOTH
+@EACH
 def test_transformed_numbers_fit_16_bits(algorithm: IntegerAlgorithm) -> None:
     assert algorithm.largest_input(255) < 2**15
     for sign in np.ndindex(2, 2, 2):
@@ -84,11 +88,11 @@ def test_transformed_numbers_fit_16_bits(algorithm: IntegerAlgorithm) -> None:
         )
 
 
-@BOTH
+@EACH
 def test_pairs_of_channels_stand_together(algorithm: IntegerAlgorithm) -> None:
     weight = np.random.default_rng(0).integers(-127, 128, (5, 3, 3, 3)).astype(np.int8)
     packed = pack_weights(weight, algorithm, 4, 8, 2)
-    assert packed.shape == (algorithm.n, algorithm.n, 2, 4, 4, 2)
+    assert packed.shape == (algorithm.weight_rows, algorithm.weight_rows, 2, 4, 4, 2)
     transformed = transform_weights(weight, algorithm)
     np.testing.assert_array_equal(packed[:, :, 1, 0, 0, :], transformed[:, :, 4, :2])
     np.testing.assert_array_equal(packed[:, :, 1, 1, 0, 0], transformed[:, :, 4, 2])
@@ -114,18 +118,18 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@given(convolutions(), st.sampled_from([F2, F4]))
-@settings(max_examples=12, deadline=None)
+@given(convolutions(), st.sampled_from(list(INTEGER_ALGORITHMS.values())))
+@settings(max_examples=16, deadline=None)
 def test_any_convolution_is_exact(site: dict[str, Any], algorithm: IntegerAlgorithm) -> None:
     rng = np.random.default_rng(site["seed"])
     x, w, b = random_site(rng, site["shape"], (site["outs"], site["shape"][-1], 3, 3), site["dtype"])
-    geometry = {key: site[key] for key in ("padding", "zero_point")}
+    geometry = {key: site[key] for key in ("padding", "zero_point")} | {"strides": [algorithm.stride] * 2}
     np.testing.assert_array_equal(
         run(make_site(x, w, b, **geometry), x, algorithm), reference.conv2d(x, w, b, **geometry)
     )
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("target", ["llvm -mcpu=x86-64", HOST])
 @pytest.mark.parametrize(("dtype", "value"), [("int8", -128), ("int8", 127), ("uint8", 255)])
 @pytest.mark.parametrize("weight", [-127, 127])
@@ -140,7 +144,9 @@ def test_the_largest_sums_are_exact(
     x = np.full((1, 6, 6, channels), value, dtype)
     w = np.full((9, channels, 3, 3), weight, np.int8)
     b = np.zeros(9, np.int32)
-    geometry: dict[str, Any] = {"padding": SAME, "zero_point": int(np.iinfo(dtype).min)}
+    geometry: dict[str, Any] = {
+        "padding": SAME, "zero_point": int(np.iinfo(dtype).min), "strides": [algorithm.stride] * 2,
+    }  # fmt: skip
     np.testing.assert_array_equal(
         run(make_site(x, w, b, **geometry), x, algorithm, target), reference.conv2d(x, w, b, **geometry)
     )
@@ -165,7 +171,7 @@ def test_weights_whose_sums_may_not_fit_get_another_algorithm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "attrs"), [(3, {"strides": [2, 2]}), (3, {"dilation": [2, 2]}), (3, {"groups": 2}), (1, {})]
+    ("kernel", "attrs"), [(3, {"strides": [2, 1]}), (3, {"dilation": [2, 2]}), (3, {"groups": 2}), (1, {})]
 )
 def test_other_convolutions_get_the_direct_kernel(kernel: int, attrs: dict[str, Any]) -> None:
     x = np.ones((1, 12, 12, 8), np.int8)
@@ -187,11 +193,13 @@ def test_compact_libraries_have_none() -> None:
     assert kernels[False].features["weight_bytes"] == 2 * F4.n**2 * 64 * 64 + b.nbytes
 
 
-def requantized(x: np.ndarray, w: np.ndarray, b: np.ndarray, multiplier: np.ndarray) -> tvm.IRModule:
+def requantized(
+    x: np.ndarray, w: np.ndarray, b: np.ndarray, multiplier: np.ndarray, stride: int = 1
+) -> tvm.IRModule:
     """A convolution and the requantization behind it."""
     data = relax.Var("x", relax.TensorType(x.shape, str(x.dtype)))
     builder = relax.BlockBuilder()
-    site = {"strides": [1, 1], "dilation": [1, 1], "groups": 1, "scheme": "int8"}
+    site = {"strides": [stride] * 2, "dilation": [1, 1], "groups": 1, "scheme": "int8"}
     with builder.function("main", [data]):
         with builder.dataflow():
             y = ops.call(
@@ -207,17 +215,17 @@ def requantized(x: np.ndarray, w: np.ndarray, b: np.ndarray, multiplier: np.ndar
     return builder.get()
 
 
-@BOTH
+@EACH
 def test_the_requantization_is_fused(algorithm: IntegerAlgorithm) -> None:
     x, w, b = random_site(np.random.default_rng(0), (1, 9, 14, 16), (21, 16, 3, 3))
     multiplier = np.random.default_rng(1).integers(1 << 29, 1 << 30, 21).astype(np.int32)
     target = parse_target(HOST)
-    module = requantized(x, w, b, multiplier)
+    module = requantized(x, w, b, multiplier, algorithm.stride)
     (info,) = apply.kernel_infos(lower(module, target, algorithm), target)
     assert info.kind == "conv2d_int8"
     assert info.features["is_int8"] == info.features["backend_winograd"] == 1
     exact = reference.requantize(
-        reference.conv2d(x, w, b, -128, padding=SAME), multiplier, 38, -128, -128, 127
+        reference.conv2d(x, w, b, -128, [algorithm.stride] * 2, SAME), multiplier, 38, -128, -128, 127
     )
     np.testing.assert_array_equal(run(module, x, algorithm), exact)
 
@@ -249,7 +257,7 @@ def test_the_tables_hold_integer_kernels(name: str) -> None:
     assert len(rows) > 20
     chosen = set()
     for row in rows:
-        info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"]}
+        info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"], "stride": 1}
         allowed = {key: INTEGER_ALGORITHMS[key] for key in row["costs"] if key != "direct"}
         algorithm = winograd.choose_algorithm(info, rules, "conv2d_int8", allowed)
         kernel = algorithm.name if algorithm else "direct"
@@ -264,6 +272,8 @@ EMULATED: list[tuple[tuple[int, ...], str, int, int, list[int], IntegerAlgorithm
     ((1, 8, 8, 32), "int8", 3, 16, SAME, F4),
     ((2, 7, 9, 5), "uint8", 0, 19, [0, 1, 2, 0], F2),
     ((2, 7, 9, 5), "uint8", 255, 19, [0, 1, 2, 0], F4),
+    ((1, 16, 16, 16), "int8", -128, 16, SAME, S4),
+    ((2, 7, 14, 5), "uint8", 255, 19, [0, 1, 2, 0], S2),
 ]
 
 
@@ -272,10 +282,13 @@ def test_the_emulated_a72_computes_them_too(tmp_path: Path) -> None:
     with open_device("emulated-a72").open() as session:
         for index, (shape, dtype, zero_point, outs, padding, algorithm) in enumerate(EMULATED):
             x, w, b = random_site(np.random.default_rng(index), shape, (outs, shape[-1], 3, 3), dtype)
-            site = make_site(x, w, b, padding=padding, zero_point=zero_point)
+            geometry: dict[str, Any] = {
+                "strides": [algorithm.stride] * 2, "padding": padding, "zero_point": zero_point,
+            }  # fmt: skip
+            site = make_site(x, w, b, **geometry)
             library = tmp_path / f"{index}.so"
             relax.build(lower(site, target, algorithm), target=target).export_library(
                 str(library), fcompile=export_fcompile("aarch64-linux-gnu")
             )
             (actual,) = session.run(library, [x])
-            np.testing.assert_array_equal(actual, reference.conv2d(x, w, b, zero_point, padding=padding))
+            np.testing.assert_array_equal(actual, reference.conv2d(x, w, b, **geometry))
