@@ -34,7 +34,7 @@ from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
 
 # How many times as fast as INT8's direct kernel this is, on AVX2: the median over 3 x 3 layers of 64 to 512
-# channels with 2 to 5 bits on Zen 3 (1.6 to 2.1).
+# channels with 2 to 5 bits on Zen 3 (most 1.6 to 2.1; on a machine that was busy).
 SPEEDUP = 1.9
 
 # Each of the three reduced extents (kernel's height, its width, steps of channels) as (outer, inner).
