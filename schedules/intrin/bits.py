@@ -63,7 +63,7 @@ def bit_dot_for(isa: str, operation: str, out_channels: int) -> BitDot:
     elif isa == "x86":
         dot = BitDot("x86", 4, operation, registers=4)
     else:
-        dot = BitDot("neon", 4, operation, registers=8)
+        dot = BitDot("neon", 4, operation, registers=16)
     register_bit_dot(dot)
     return dot
 

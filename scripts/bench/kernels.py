@@ -1,189 +1,242 @@
-"""What the kernels gain on whole networks: against the direct kernels, and against other runtimes.
+"""What the kernels gain on whole networks: against direct ones, other runtimes, and few bits against INT8.
 
 usage: python scripts/bench/kernels.py [--only PART ...] [--threads N ...] [--json FILE] [--quick]
 
-Each part measures by itself and keeps what the others left in the file. `fp32-x86` and `int8-x86` compare
-with ONNX Runtime where that is installed (1.22.1 was used). Weights are random but for the sample's: they
-change no time.
+Each part measures by itself and keeps what the others left in the file. Parts of x86 compare with ONNX
+Runtime and XNNPACK where these are installed (extra `bench`), parts of the Cortex-A72 with counted cycles of
+other runtimes (kernel_peers.py). Weights are random but for the sample's: they change no time.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import kernel_peers
+import kernel_build
+import kernel_loops
 import numpy as np
 import torch
-import tvm
 from figures import Figure, write_parts
-from networks import ResNet18
+from kernel_networks import BITS, compile_library, make, realized
+from kernel_peers import COUNTED, PEERS, Start, fastest, versions
 
-from tvm_compress.calibration import calibrate
-from tvm_compress.compression import uniform_policy
-from tvm_compress.compressor import realize
-from tvm_compress.model import Model
-from tvm_compress.passes.pipeline import build, compress
-from tvm_compress.rpc.cross_compile import export_fcompile
-from tvm_compress.rpc.device import MeasurementSettings, open_device
+from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, open_device
 from tvm_compress.rpc.measure import measure
-from tvm_compress.samples.load import sample_module
 from tvm_compress.schedules import winograd
-from tvm_compress.schedules.target_rules import parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
-ROUNDS = 5
-# Inferences of a round.
-CALLS = 40
-# M estimated cycles of ncnn, the fastest peer, counted with the same emulator and block model: instructions
-# only. And what is wanted of ours.
-NCNN = {("ResNet-18 w32", "fp32"): 18.6, ("ResNet-18 w32", "int8"): 13.4}
-NCNN |= {("ResNet-18 w64", "fp32"): 58.9, ("ResNet-18 w64", "int8"): 45.6}
-GOALS = NCNN | {("ResNet-18 w64", "fp32"): 52.0, ("ResNet-18 w64", "int8"): 42.0}
+ROUNDS = 3
+# Inferences of a turn: as many as take so many seconds, within the limits.
+TURN_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.4, 5, 40
+RESNETS = ("ResNet-8", "ResNet-18 w32", "ResNet-18 w64")
+SMALL = ("ResNet-8 32x32x3", "MobileNetV2 96", "MobileNetV2 224")
+ON_X86 = ("ResNet-18 w64", "ResNet-18 w32", *SMALL, "ResNet-50 224")
+# Those that direct kernels are compared on.
+WITH_DIRECT = (*RESNETS, "ResNet-8 32x32x3")
+# Most of a peer's time; of the fastest peer's, 1, where nothing stands here.
+X86_GOALS = {("ResNet-18 w64", "fp32"): {"ONNX Runtime": 0.65}}
+X86_GOALS[("ResNet-18 w64", "int8")] = {"ONNX Runtime": 0.95, "XNNPACK": 0.95}
+# M estimated cycles, instructions only, where less is wanted than the fastest peer takes.
+A72_GOALS = {("ResNet-18 w64", "fp32"): 52.0, ("ResNet-18 w64", "int8"): 42.0}
+# Bits of weights and activations: most of our INT8's time on x86, and M estimated cycles on the Cortex-A72.
+FEW_BITS_X86 = {(1, 1): 0.22, (2, 1): 0.38, (2, 2): 0.65, (2, 4): 0.8}
+FEW_BITS_A72 = {(4, 5): 36.0, (2, 5): 36.0, (2, 2): 32.0, (1, 1): 12.0}
 Part = tuple[list[Figure], dict[str, Any]]
 
 
-def networks(quick: bool) -> dict[str, tuple[torch.nn.Module, tuple[int, ...]]]:
-    """The networks with the shapes of their inputs."""
-    found: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
-        "ResNet-8": (sample_module("resnet8-fashion"), (1, 1, 28, 28))
-    }
-    for width in (32,) if quick else (32, 64):
-        torch.manual_seed(0)
-        found[f"ResNet-18 w{width}"] = (ResNet18(width).eval(), (1, 3, 32, 32))
-    return found
-
-
-def network_module(network: torch.nn.Module, x: np.ndarray, scheme: str) -> tvm.IRModule:
-    """The network in Relax, ready for the kernels."""
-    model = Model.from_torch(network, (torch.zeros(x.shape),))
-    if scheme == "fp32":
-        return model.module
-    policy = uniform_policy(model, target="host", weight_bits=8, activation_bits=8)
-    return realize(compress(model.module, policy, calibration=lambda module: calibrate(module, x)))
-
-
-def compile_both(module: tvm.IRModule, device: str, folder: Path) -> dict[str, Path]:
-    """Libraries with the direct kernels alone, and with those that the target's table chooses."""
-    target = parse_target(TARGETS[device])
-    compiler = export_fcompile(str(target.attrs.get("mtriple", "")))
-    libraries = {}
-    for name in ("direct", "chosen"):
-        direct = patch.object(winograd, "choose_algorithm", lambda *arguments: None)
-        with direct if name == "direct" else nullcontext():
-            libraries[name] = build(module, target).export(folder / f"{name}.so", compiler)
+def compile_network(name: str, scheme: str, device: str, folder: Path) -> dict[str, Path]:
+    """Libraries with the kernels that the target's table chooses and, of some networks, with direct ones."""
+    module = realized(*make(name), *BITS[scheme])
+    libraries = {"chosen": compile_library(module, device, folder / f"{scheme}.so")}
+    if name in WITH_DIRECT:
+        with patch.object(winograd, "choose_algorithm", lambda *arguments: None):
+            libraries["direct"] = compile_library(module, device, folder / f"{scheme}-direct.so")
     return libraries
 
 
-def time_network(network: torch.nn.Module, x: np.ndarray, scheme: str, threads: int) -> dict[str, Any]:
-    """Fastest seconds of each round, of both libraries, of fp32 beside INT8, and of ONNX Runtime.
-
-    They take turns: never at once, as threads that wait spin.
-    """
-    # Single inferences, as of ONNX Runtime.
-    settings = MeasurementSettings(warmup=10, repeat=CALLS, min_repeat_ms=0, threads=threads)
-    samples: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        libraries = compile_both(network_module(network, x, scheme), "local", folder)
-        if scheme == "int8":
-            (folder / "fp32").mkdir()
-            libraries["fp32"] = compile_both(network_module(network, x, "fp32"), "local", folder / "fp32")[
-                "chosen"
-            ]
-        peer = kernel_peers.sampler(network, x, scheme, threads, CALLS, folder)
-        for _ in range(ROUNDS):
-            for kernels, one in measure(open_device("local"), libraries, [x], settings).items():
-                if not one.result.ok:
-                    raise RuntimeError(f"{kernels}: {one.result.error}")
-                samples.setdefault(kernels, []).append(min(one.result.samples))
-            if peer is not None:
-                samples.setdefault("ONNX Runtime", []).append(peer())
-    return {"threads": threads, "samples": samples}
+def checked(result: LatencyResult) -> LatencyResult:
+    """The result, if there is one."""
+    if not result.ok:
+        raise RuntimeError(str(result.error))
+    return result
 
 
-def ratio(samples: dict[str, list[float]], reference: str) -> float:
-    """Fastest time of the chosen kernels over the reference's: other work only adds to times."""
-    return min(samples["chosen"]) / min(samples[reference])
+def take_turn(library: Path, x: np.ndarray, threads: int, calls: int) -> float:
+    """Fastest of single inferences, as of the peers: seconds."""
+    settings = MeasurementSettings(warmup=3, repeat=calls, min_repeat_ms=0, threads=threads)
+    return min(checked(measure(open_device("local"), {"": library}, [x], settings)[""].result).samples)
+
+
+def time_in_turns(
+    libraries: Mapping[str, Path], peers: Mapping[str, Start], x: np.ndarray, threads: int
+) -> dict[str, list[float]]:
+    """Fastest seconds of each round. They take turns, never at once: threads that wait spin."""
+    first = next(iter(libraries.values()))
+    calls = int(TURN_SECONDS / take_turn(first, x, threads, 1))
+    calls = max(FEWEST_CALLS, min(MOST_CALLS, calls))
+    samples: dict[str, list[float]] = {name: [] for name in (*libraries, *peers)}
+    for _ in range(ROUNDS):
+        for name, library in libraries.items():
+            samples[name].append(take_turn(library, x, threads, calls))
+        for name, start in peers.items():
+            samples[name].append(fastest(start(threads), calls))
+    return samples
 
 
 def on_x86(scheme: str, arguments: argparse.Namespace) -> Part:
     """Networks on this machine."""
     figures, rows = [], []
-    references = {"direct": ("direct ones", ""), "fp32": ("those of fp32", "")}
-    references["ONNX Runtime"] = ("ONNX Runtime", kernel_peers.version())
-    for name, (network, shape) in networks(arguments.quick).items():
-        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        for threads in arguments.threads:
-            row = {"network": name} | time_network(network, x, scheme, threads)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            milliseconds = {k: f"{1e3 * min(v):.3g} ms" for k, v in row["samples"].items()}
-            what = f"x86 {scheme}, {name}, {threads} thread{'s' * (threads > 1)}: chosen kernels over"
-            figures += [
-                Figure(
-                    f"{what} {described}",
-                    ratio(row["samples"], reference),
-                    "of the time",
-                    1.0,
-                    "<=",
-                    peer,
-                    f"{milliseconds['chosen']} and {milliseconds[reference]}",
-                )
-                for reference, (described, peer) in references.items()
-                if reference in row["samples"]
-            ]
+    for name in SMALL[:1] if arguments.quick else ON_X86:
+        network, x = make(name)
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            libraries = compile_network(name, scheme, "local", folder)
+            if scheme == "int8" and name in WITH_DIRECT:
+                libraries["fp32"] = compile_library(realized(network, x), "local", folder / "fp32.so")
+            peers = {name: peer(network, x, scheme, folder) for name, peer in PEERS.items() if versions(name)}
+            for threads in arguments.threads:
+                samples = time_in_turns(libraries, peers, x, threads)
+                row = {"network": name, "threads": threads, "samples": samples}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                figures += x86_figures(name, scheme, threads, {k: min(v) for k, v in samples.items()})
     return figures, {"runs": rows}
 
 
-def on_a72(scheme: str, arguments: argparse.Namespace) -> Part:
-    """Networks on the emulated Cortex-A72."""
-    figures, rows = [], []
-    for name, (network, shape) in networks(arguments.quick).items():
-        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        with tempfile.TemporaryDirectory() as folder:
-            libraries = compile_both(network_module(network, x, scheme), "emulated-a72", Path(folder))
-            found = measure(open_device("emulated-a72"), libraries, [x], reference="direct")
-        if not all(one.result.ok for one in found.values()):
-            raise RuntimeError(f"{name}: {[one.result.error for one in found.values()]}")
-        cycles = {kernels: one.result.value for kernels, one in found.items()}
-        chosen = found["chosen"].result.breakdown.values()
-        bound = sum(part["cycles"] for part in chosen if part["memory_cycles"] > part["compute_cycles"])
-        compute = sum(part["compute_cycles"] for part in chosen)
-        row = {"network": name, "cycles": cycles, "memory_bound": bound, "compute_cycles": compute}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        note = (
-            f"{cycles['chosen'] / 1e6:.3g} M and {cycles['direct'] / 1e6:.3g} M estimated cycles (emulated); "
-            f"{bound / cycles['chosen']:.0%} of them in kernels that wait for memory"
+def x86_figures(name: str, scheme: str, threads: int, seconds: Mapping[str, float]) -> list[Figure]:
+    """Ours over peers with goals of their own, or the fastest peer, and over other kernels of ours."""
+    goals = X86_GOALS.get((name, scheme), {})
+    peers = [peer for peer in PEERS if peer in seconds]
+    others = {peer: (peer, goals[peer]) for peer in peers if peer in goals}
+    if peers and not others:
+        best = min(peers, key=lambda peer: seconds[peer])
+        others[best] = (f"the fastest peer ({best})", 1.0)
+    if threads == 1:
+        known = {"direct": ("direct ones", 1.0), "fp32": ("those of fp32", 1.0)}
+        others |= {kernels: known[kernels] for kernels in known if kernels in seconds}
+    return [
+        Figure(
+            f"x86 {scheme}, {name}, {threads} thread{'s' * (threads > 1)}: chosen kernels over {described}",
+            seconds["chosen"] / seconds[other], "of the time", goal, "<=", versions(other),
+            f"{1e3 * seconds['chosen']:.3g} ms and {1e3 * seconds[other]:.3g} ms",
         )
+        for other, (described, goal) in others.items()
+    ]  # fmt: skip
+
+
+def few_bits_x86(arguments: argparse.Namespace) -> Part:
+    """ResNet-18 with few bits, first and last layer INT8, beside INT8 with the kernels chosen."""
+    network, x = make("ResNet-18 w32" if arguments.quick else "ResNet-18 w64")
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = {
+            bits_name(bits): compile_library(
+                realized(network, x, *bits), "local", Path(folder) / f"{bits_name(bits)}.so"
+            )
+            for bits in (BITS["int8"], *FEW_BITS_X86)
+        }
+        samples = time_in_turns(libraries, {}, x, 1)
+    seconds = {kernels: min(values) for kernels, values in samples.items()}
+    for bits, goal in FEW_BITS_X86.items():
+        found, int8 = seconds[bits_name(bits)], seconds[bits_name(BITS["int8"])]
         figures.append(
             Figure(
-                f"Cortex-A72 {scheme}, {name}: chosen kernels over direct ones",
-                cycles["chosen"] / cycles["direct"], "of the cycles", 1.0, "<=", note=note,
+                f"x86 ResNet-18 w64 {bits_name(bits)}, 1 thread: over our INT8",
+                found / int8, "of the time", goal, "<=",
+                note=f"{1e3 * found:.3g} ms and {1e3 * int8:.3g} ms",
             )
         )  # fmt: skip
-        if (name, scheme) in NCNN:
+    return figures, {"samples": samples}
+
+
+def bits_name(bits: tuple[int, int]) -> str:
+    """Such as W2A5, for weights of 2 and activations of 5 bits."""
+    return "W{}A{}".format(*bits)
+
+
+def count_cycles(libraries: Mapping[str, Path], x: np.ndarray) -> dict[str, LatencyResult]:
+    """Estimated Cortex-A72 cycles of libraries, by kernel."""
+    found = measure(open_device("emulated-a72"), libraries, [x])
+    return {name: checked(one.result) for name, one in found.items()}
+
+
+def summed(result: LatencyResult, name: str) -> float:
+    """Sum over all kernels of a part of their cycles."""
+    return sum(part[name] for part in result.breakdown.values())
+
+
+def on_a72(names: Sequence[str], schemes: Sequence[str], arguments: argparse.Namespace) -> Part:
+    """Networks on the emulated Cortex-A72."""
+    figures, rows = [], []
+    for name, scheme in product(names[: 1 if arguments.quick else None], schemes):
+        with tempfile.TemporaryDirectory() as folder:
+            found = count_cycles(compile_network(name, scheme, "emulated-a72", Path(folder)), make(name)[1])
+        cycles = {kernels: result.value for kernels, result in found.items()}
+        chosen = found["chosen"].breakdown.values()
+        bound = sum(part["cycles"] for part in chosen if part["memory_cycles"] > part["compute_cycles"])
+        compute = sum(part["compute_cycles"] for part in chosen)
+        row = {"network": name, "scheme": scheme, "cycles": cycles, "memory_bound": bound}
+        rows.append(row | {"compute_cycles": compute})
+        print(json.dumps(rows[-1]), flush=True)
+        if "direct" in cycles:
+            millions = (f"{cycles[kernels] / 1e6:.3g} M" for kernels in ("chosen", "direct"))
+            figures.append(
+                Figure(
+                    f"Cortex-A72 {scheme}, {name}: chosen kernels over direct ones",
+                    cycles["chosen"] / cycles["direct"], "of the cycles", 1.0, "<=",
+                    note=f"{' and '.join(millions)} estimated cycles (emulated); "
+                    f"{bound / cycles['chosen']:.0%} of them in kernels that wait for memory",
+                )
+            )  # fmt: skip
+        if (name, scheme) in COUNTED:
+            peer, counted = COUNTED[name, scheme]
+            goal = A72_GOALS.get((name, scheme), counted)
             figures.append(
                 Figure(
                     f"Cortex-A72 {scheme}, {name}: instructions only",
-                    compute / 1e6, "M estimated cycles (emulated)", GOALS[name, scheme], "<=",
-                    "ncnn, counted with the same emulator", f"ncnn {NCNN[name, scheme]} M",
+                    compute / 1e6, "M estimated cycles (emulated)", goal, "<=",
+                    f"{peer}, counted with the same emulator", f"{peer} {counted} M",
                 )
             )  # fmt: skip
     return figures, {"runs": rows}
 
 
+def few_bits_a72(arguments: argparse.Namespace) -> Part:
+    """ResNet-18 with few bits, first and last layer INT8, on the emulated Cortex-A72."""
+    network, x = make("ResNet-18 w32" if arguments.quick else "ResNet-18 w64")
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = {
+            bits_name(bits): compile_library(
+                realized(network, x, *bits), "emulated-a72", Path(folder) / f"{bits_name(bits)}.so"
+            )
+            for bits in FEW_BITS_A72
+        }
+        found = count_cycles(libraries, x)
+    figures = [
+        Figure(
+            f"Cortex-A72 ResNet-18 w64 {bits_name(bits)}, first and last layer INT8",
+            found[bits_name(bits)].value / 1e6, "M estimated cycles (emulated)", goal, "<=",
+        )
+        for bits, goal in FEW_BITS_A72.items()
+    ]  # fmt: skip
+    return figures, {"breakdown": {name: result.breakdown for name, result in found.items()}}
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
-    f"{scheme}-{machine}": partial(measured, scheme)
-    for scheme in ("fp32", "int8")
-    for machine, measured in (("x86", on_x86), ("a72", on_a72))
+    "fp32-x86": partial(on_x86, "fp32"),
+    "fp32-a72": partial(on_a72, RESNETS, ("fp32",)),
+    "int8-x86": partial(on_x86, "int8"),
+    "int8-a72": partial(on_a72, RESNETS, ("int8",)),
+    "small-a72": partial(on_a72, SMALL, ("fp32", "int8")),
+    "few-bits-x86": few_bits_x86,
+    "few-bits-a72": few_bits_a72,
+    "loops-a72": kernel_loops.part,
+    "build": kernel_build.part,
 }
 
 

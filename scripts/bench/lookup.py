@@ -18,14 +18,9 @@ import numpy as np
 import torch
 import tvm
 from figures import Figure, write_parts
-from networks import ResNet18
+from kernel_networks import compile_library, make, realized
 from tvm import relax
 
-from tvm_compress.calibration import calibrate
-from tvm_compress.compression import uniform_policy
-from tvm_compress.compressor import realize
-from tvm_compress.model import Model
-from tvm_compress.passes.pipeline import build, compress
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import LatencyResult, open_device
 from tvm_compress.rpc.measure import measure
@@ -85,16 +80,21 @@ def layer(size: int, channels: int, weight_bits: int, activation_bits: int) -> t
     return builder.get()
 
 
+def write_layer(size: int, channels: int, bits: tuple[int, int], kernel: str, path: Path) -> None:
+    """Write the library of a layer with one kind of kernel."""
+    target = parse_target(TARGET)
+    with only(kernel):
+        lowered = lower_to_kernels(layer(size, channels, *bits), target)
+    relax.build(lowered, target=target).export_library(
+        str(path), fcompile=export_fcompile("aarch64-linux-gnu")
+    )
+
+
 def measure_layer(size: int, channels: int, bits: tuple[int, int], kernel: str) -> dict[str, Any]:
     """Estimated cycles of a layer with one kind of kernel."""
-    target = parse_target(TARGET)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.so"
-        with only(kernel):
-            lowered = lower_to_kernels(layer(size, channels, *bits), target)
-        relax.build(lowered, target=target).export_library(
-            str(path), fcompile=export_fcompile("aarch64-linux-gnu")
-        )
+        write_layer(size, channels, bits, kernel, path)
         data = np.random.default_rng(0).integers(0, 2 ** bits[1], (1, size, size, channels)).astype(np.uint8)
         cycles = checked(measure(open_device("emulated-a72"), {"layer": path}, [data])["layer"].result).value
     macs = 9 * (size * channels) ** 2
@@ -164,29 +164,21 @@ def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def network(arguments: argparse.Namespace) -> Part:
     """ResNet-18 for 32 x 32 images with weights of 2 and activations of 5 bits, first and last layer INT8."""
-    width = 32 if arguments.quick else 64
-    torch.manual_seed(0)
-    shape = (1, 3, 32, 32)
-    dense = Model.from_torch(ResNet18(width).eval(), (torch.zeros(shape),))
-    x = np.random.default_rng(0).standard_normal((2, *shape[1:])).astype(np.float32)
-    target = parse_target(TARGET)
+    name = "ResNet-18 w32" if arguments.quick else "ResNet-18 w64"
+    dense, x = make(name)
     with tempfile.TemporaryDirectory() as folder:
         libraries: dict[str, Path] = {}
-        for name, bits in (("W2A5", (2, 5)), ("without lookups", (2, 5)), ("W8A8", (8, 8))):
-            policy = uniform_policy(dense, target=TARGET, weight_bits=bits[0], activation_bits=bits[1])
-            module = compress(dense.module, policy, calibration=lambda m: calibrate(m, x))
+        for form, bits in (("W2A5", (2, 5)), ("without lookups", (2, 5)), ("W8A8", (8, 8))):
             unused = patch.object(TargetRules, "lookup_pays", lambda *_, **__: False)
-            with unused if name == "without lookups" else nullcontext():
-                compiled = build(realize(module), target)
-            libraries[name] = compiled.export(
-                Path(folder) / f"{len(libraries)}.so", export_fcompile("aarch64-linux-gnu")
-            )
-        found = measure(open_device("emulated-a72"), libraries, [x[:1]], reference="W8A8")
-    results = {name: checked(one.result) for name, one in found.items()}
-    cycles = {name: result.value / 1e6 for name, result in results.items()}
+            with unused if form == "without lookups" else nullcontext():
+                path = Path(folder) / f"{len(libraries)}.so"
+                libraries[form] = compile_library(realized(dense, x, *bits), "emulated-a72", path)
+        found = measure(open_device("emulated-a72"), libraries, [x], reference="W8A8")
+    results = {form: checked(one.result) for form, one in found.items()}
+    cycles = {form: result.value / 1e6 for form, result in results.items()}
     note = f"without lookups {cycles['without lookups']:.3g} M, W8A8 {cycles['W8A8']:.3g} M"
     figure = Figure(
-        f"ResNet-18 w{width} W2A5, first and last layer INT8: estimated Cortex-A72 cycles (emulated)",
+        f"{name} W2A5, first and last layer INT8: estimated Cortex-A72 cycles (emulated)",
         cycles["W2A5"], "M", NETWORK_GOAL, "<=", note=note,
     )  # fmt: skip
     return [figure], {"cycles": cycles, "breakdown": {n: r.breakdown for n, r in results.items()}}

@@ -1,4 +1,4 @@
-"""The ResNet-8 of the embedded sample: one channel in, 16-32-64 channels, ten classes."""
+"""The ResNet-8 of the embedded sample: by default one channel in, 16-32-64 channels, ten classes."""
 
 import torch
 from torch import nn
@@ -29,9 +29,9 @@ class BasicBlock(nn.Module):
 class ResNet8(nn.Module):
     """A stem and three blocks of 16, 32 and 64 channels, global average pooling, one dense layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(BasicBlock(16, 16, 1))
         self.layer2 = nn.Sequential(BasicBlock(16, 32, 2))
@@ -39,7 +39,7 @@ class ResNet8(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, 1, 28, 28] -> logits [N, 10]."""
+        """[N, in_channels, H, W] -> logits [N, 10]."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean(dim=(2, 3)))
