@@ -19,6 +19,7 @@ from tvm_compress.schedules import (
     packing,
     sparse,
     winograd,
+    winograd_choice,
     winograd_plan,
 )
 from tvm_compress.schedules.choices import Choice, Choices, layer_key
@@ -96,8 +97,8 @@ def _float_ways(info: dict[str, Any], rules: TargetRules) -> Ways:
     if packing.merged_groups(info["groups"], info["OC"] // info["groups"], rules.fp32_lanes) > 1:
         return {}
     ways: Ways = {"direct": fp32.cuts(info, rules)}
-    if winograd.applies(info):
-        for name, algorithm in winograd.of_stride(ALGORITHMS, info).items():
+    if winograd_choice.applies(info):
+        for name, algorithm in winograd_choice.of_stride(ALGORITHMS, info).items():
             ways[name] = winograd_plan.cuts(rules, info, algorithm, winograd_plan.FLOATS)
     return ways
 
@@ -115,8 +116,7 @@ def _integer_ways(layer: IntegerLayer, rules: TargetRules) -> Ways:
         ways["lookup"] = lookup.cuts(layer)
     if layer.scheme == "bitserial":
         ways["popcount"] = bitserial.cuts(layer, rules)
-    if layer.operator == "conv2d" and winograd.applies(info):
-        numbers = winograd_plan.integers(rules)
-        for name, algorithm in winograd.of_stride(winograd.fitting_algorithms(layer), info).items():
-            ways[name] = winograd_plan.cuts(rules, info, algorithm, numbers)
+    if layer.operator == "conv2d" and winograd_choice.applies(info):
+        for name, algorithm in winograd_choice.of_stride(winograd.fitting_algorithms(layer), info).items():
+            ways[name] = winograd_plan.cuts(rules, info, algorithm, winograd_plan.integers(rules, algorithm))
     return ways

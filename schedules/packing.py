@@ -64,6 +64,13 @@ class IntegerLayer:
         return int(self.weight.shape[0])
 
     @property
+    def data_range(self) -> tuple[int, int]:
+        """Least and largest stored value: any byte, but with scheme "bitserial"."""
+        if self.scheme == "bitserial":
+            return 0, 2**self.activation_bits - 1
+        return DATA_RANGES[self.data_dtype]
+
+    @property
     def kernel(self) -> tuple[int, int]:
         """Height and width of the kernel."""
         return int(self.weight.shape[2]), int(self.weight.shape[3])
@@ -259,13 +266,9 @@ def pack_dot_weight(weight: np.ndarray, dot: Dot, block: int) -> np.ndarray:
     """
     o, i, kh, kw = weight.shape
     o, i = round_up(o, block), round_up(i, dot.depth)
-    full = pad_axes(weight, (o, i, kh, kw)).astype(dot.weight_dtype)
-    split = full.reshape(o // block, block // dot.lanes, dot.lanes, i // dot.depth, dot.depth, kh, kw)
-    packed = split.transpose(0, 5, 6, 3, 1, 2, 4)
-    if len(dot.inner_shape) == 3:  # [lanes, depth] -> [depth / 2, lanes, 2]
-        packed = packed.reshape(*packed.shape[:-1], dot.depth // 2, 2)
-        packed = packed.swapaxes(-3, -2)
-    return np.ascontiguousarray(packed)
+    full = pad_axes(weight, (o, i, kh, kw))
+    split = full.reshape(o // block, block, i // dot.depth, dot.depth, kh, kw)
+    return dot.pack(split.transpose(0, 4, 5, 2, 1, 3))
 
 
 def pack_rows_weight(weight: np.ndarray) -> np.ndarray:

@@ -12,15 +12,15 @@ bits that wrap around hold the sums.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tvm import relax, s_tir, te, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from tvm_compress.schedules import fp32, kernel, kernel_tables, packing
+from tvm_compress.schedules import fp32, kernel, packing
 from tvm_compress.schedules.codebook import read_weights
 from tvm_compress.schedules.intrin.dot import Dot
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
@@ -32,61 +32,11 @@ from tvm_compress.schedules.winograd_algorithm import (
     INTEGER_ALGORITHMS,
     Algorithm,
     IntegerAlgorithm,
+    fits,
     pack_weights,
 )
+from tvm_compress.schedules.winograd_choice import applies, choose_algorithm, costs_by_kernel, of_stride
 from tvm_compress.schedules.winograd_plan import FLOATS, Numbers, cuts, integers
-
-Kind = TypeVar("Kind", bound=Algorithm)
-
-
-def applies(info: dict[str, Any]) -> bool:
-    """Whether a convolution (kernel.kernel_attrs) is 3 x 3 at stride 1 or 2, without groups or dilation."""
-    shape = [info[key] for key in ("KH", "KW", "dilation", "groups")]
-    return shape == [3, 3, [1, 1], 1] and info["strides"] in ([1, 1], [2, 2])
-
-
-def of_stride(algorithms: Mapping[str, Kind], info: dict[str, Any]) -> dict[str, Kind]:
-    """Return those algorithms that are for the stride of a convolution to which they apply."""
-    return {name: algorithm for name, algorithm in algorithms.items() if algorithm.stride == info["stride"]}
-
-
-def choose_algorithm(
-    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Kind]
-) -> Kind | None:
-    """Return the algorithm that is the fastest by the target's table, None for the direct kernel.
-
-    What `rules.choices` says of the layer goes before the table. Where nothing was measured, or weights are
-    to be compact, the direct kernel is taken: it is never much slower than it has to be, and its weights take
-    the least memory.
-
-    Parameters
-    ----------
-    operator
-        "conv2d_fp32" or "conv2d_int8".
-    algorithms
-        Those that may be taken.
-    """
-    chosen = None if rules.compact else rules.choices.find(info, "direct", *algorithms)
-    if chosen is not None:
-        return algorithms.get(chosen.kernel)
-    costs = {} if rules.compact else _costs(info, rules, operator, algorithms)
-    return algorithms.get(min(costs, key=lambda name: costs[name])) if costs else None
-
-
-def _costs(
-    info: dict[str, Any], rules: TargetRules, operator: str, algorithms: Mapping[str, Algorithm]
-) -> dict[str, float]:
-    """What "direct" and each algorithm cost by the target's table; nothing where it has none."""
-    work: dict[str, Callable[[int, int], float]] = {"direct": lambda height, width: 9.0 * height * width}
-    work |= {name: partial(_multiplications, algorithm) for name, algorithm in algorithms.items()}
-    shape = {"H": info["OH"], "W": info["OW"], "IC": info["IC"], "OC": info["OC"]}
-    rows = kernel_tables.load_rows(rules.isa, kernel_tables.name_of(operator, info["stride"]))
-    return kernel_tables.costs_at(rows, shape, work)
-
-
-def _multiplications(algorithm: Algorithm, height: int, width: int) -> float:
-    """Multiplications for an output, per pair of an input and an output channel."""
-    return float(algorithm.n**2 * -(-height // algorithm.m) * -(-width // algorithm.m))
 
 
 def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
@@ -126,23 +76,23 @@ def speedup(layer: IntegerLayer, rules: TargetRules) -> float:
     """How many times as fast as the direct INT8 kernel the chosen one is by the target's table, from 1 on."""
     info = layer.info()
     algorithm = _choose_integer(layer, info, rules)
-    costs = _costs(info, rules, "conv2d_int8", INTEGER_ALGORITHMS) if algorithm else {}
+    costs = costs_by_kernel(info, rules, "conv2d_int8", INTEGER_ALGORITHMS) if algorithm else {}
     return costs["direct"] / costs[algorithm.name] if algorithm and algorithm.name in costs else 1.0
 
 
 def _choose_integer(layer: IntegerLayer, info: dict[str, Any], rules: TargetRules) -> IntegerAlgorithm | None:
-    """Choose among the algorithms that the weights prove to fit (IntegerAlgorithm.bits)."""
+    """Choose among the algorithms that weights and activations prove to fit."""
     if layer.operator != "conv2d" or not applies(info):
         return None
     return choose_algorithm(info, rules, "conv2d_int8", of_stride(fitting_algorithms(layer), info))
 
 
 def fitting_algorithms(layer: IntegerLayer) -> dict[str, IntegerAlgorithm]:
-    """Return the algorithms that a layer's weights prove to be exact."""
-    low, high = packing.DATA_RANGES[layer.data_dtype]
-    largest = int(np.abs(layer.weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()) * max(-low, high)
+    """Return the algorithms that a layer's weights and activations prove to be exact."""
     return {
-        name: algorithm for name, algorithm in INTEGER_ALGORITHMS.items() if largest < 1 << algorithm.bits
+        name: algorithm
+        for name, algorithm in INTEGER_ALGORITHMS.items()
+        if fits(algorithm, layer.weight, layer.data_range)
     }
 
 
@@ -154,15 +104,19 @@ def legalize_layer(
     algorithm = _choose_integer(layer, info, rules)
     if algorithm is None:
         return None
-    numbers = integers(rules)
+    numbers = integers(rules, algorithm)
+    offset = algorithm.offset(layer.data_range)
     info |= _plan(rules, info, algorithm, numbers)
     packed = pack_weights(layer.weight, algorithm, info["block"], info["padded_IC"], numbers.depth)
+    if numbers.dot:
+        packed = numbers.dot.pack(packed)
 
     def compute(x: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
-        return packing.add_bias(layer, _stages(x, weight, info, algorithm, numbers, layer.zero_point), bias)
+        sums = _stages(x, weight, info, algorithm, numbers, layer.zero_point, offset)
+        return packing.add_bias(layer, sums, bias)
 
     return bb.call_te(
-        compute, call.args[0], relax.const(packed), relax.const(packing.fold_bias(layer)),
+        compute, call.args[0], relax.const(packed), relax.const(packing.fold_bias(layer, offset)),
         primfunc_name_hint="conv2d_int8_winograd", primfunc_attrs={"op_pattern": 4},
     )  # fmt: skip
 
@@ -195,8 +149,9 @@ def _stages(
     algorithm: Algorithm,
     numbers: Numbers,
     zero_point: int = 0,
+    offset: int = 0,
 ) -> te.Tensor:
-    """Return the convolution, with the tiles and blocks of channels that overhang."""
+    """Return the convolution of x + offset, with the tiles and blocks of channels that overhang."""
     m, n, patch, block = algorithm.m, algorithm.n, algorithm.patch, info["block"]
     high, wide = info["tile_block"]
     rows, columns = -(-info["OH"] // (m * high)), -(-info["OW"] // (m * wide))
@@ -207,13 +162,15 @@ def _stages(
     step = m * algorithm.stride
     chunks = (info["N"], rows, columns)
     transform_input = partial(algorithm.transform_input, constant=partial(_constant, dtype=numbers.data))
-    transform_output = partial(algorithm.transform_output, constant=partial(_constant, dtype=numbers.sums))
+    transform_output = partial(algorithm.transform_output, constant=partial(_constant, dtype=numbers.wrapped))
 
     def patch_rows(b: Any, y: Any, x: Any, i: Any, k: Any, t: Any, c: Any) -> Any:
         # What fills up the last register tile repeats the last tile.
         t = t if tiles == high * wide else tirx.min(t, high * wide - 1)
         row, column = (y * high + t // wide) * step, (x * wide + t % wide) * step + k
         values = [padded[b, row + place, column, c].astype(numbers.data) for place in range(patch)]
+        if offset:
+            values = [value + tirx.const(offset, numbers.data) for value in values]
         return _choice(i, transform_input(values))
 
     half = te.compute((*chunks, n, patch, tiles, info["padded_IC"]), patch_rows, name="input_rows")
@@ -227,12 +184,10 @@ def _stages(
     ic = te.reduce_axis((0, info["padded_IC"]), "ic")
 
     def product(b: Any, y: Any, x: Any, i: Any, j: Any, t: Any, c: Any) -> Any:
-        place = (ic,) if numbers.depth == 1 else (ic // numbers.depth,)
-        inside = () if numbers.depth == 1 else (ic % numbers.depth,)
-        where = (
-            [i, j] if algorithm.weight_rows == n else [tirx.min(k, algorithm.weight_rows - 1) for k in (i, j)]
-        )
-        factors = data[b, y, x, i, j, t, ic], weight[*where, c // block, *place, c % block, *inside]
+        rows = (i, j)
+        if algorithm.weight_rows < n:
+            rows = tuple(tirx.min(k, algorithm.weight_rows - 1) for k in rows)
+        factors = data[b, y, x, i, j, t, ic], weight[*rows, c // block, *numbers.place(ic, c % block)]
         if numbers is FLOATS:
             return te.sum(factors[0] * factors[1], axis=[ic])
         first, second = (factor.astype("int32") for factor in factors)
@@ -242,7 +197,7 @@ def _stages(
     back = te.compute(
         (*chunks, m, n, tiles, outs),
         lambda b, y, x, i, j, t, c: _choice(
-            i, transform_output([products[b, y, x, place, j, t, c] for place in range(n)])
+            i, transform_output([numbers.wrap(products[b, y, x, place, j, t, c]) for place in range(n)])
         ),
         name="output_rows",
     )
@@ -291,8 +246,12 @@ def _padded_input(x: te.Tensor, info: dict[str, Any], rows: int, columns: int, v
 def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> None:
     """Schedule a kernel that `legalize` made, with whatever was fused behind it."""
     info = fused.info
-    numbers = FLOATS if fused.family == FLOATS.family else integers(rules)
-    m, lanes = numbers.algorithms[info["algorithm"]].m, rules.fp32_lanes
+    if fused.family == FLOATS.family:
+        m, numbers = ALGORITHMS[info["algorithm"]].m, FLOATS
+    else:
+        algorithm = INTEGER_ALGORITHMS[info["algorithm"]]
+        m, numbers = algorithm.m, integers(rules, algorithm)
+    lanes = rules.fp32_lanes
     stages = {name: fused.producer(name) for name in ("input_rows", "input", "products", "output_rows")}
     others = [block for block in fused.producers if kernel.block_name(sch, block) not in stages]
     b, h, w, c = sch.get_loops(fused.main)

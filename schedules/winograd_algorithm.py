@@ -182,7 +182,14 @@ class IntegerAlgorithm(Algorithm):
     its rows: row a of AT gives `row_factors[a]` times the output. Modulo 2**32 the odd part of such a factor
     is undone by a multiplication (by its inverse), its power of 2 by a shift at the end, which is exact while
     the output is less than 2**`bits` in magnitude. So the sums in between may wrap around as they like.
+
+    Attributes
+    ----------
+    data
+        What holds transformed inputs and weights: "int16" those of any bytes, "int8" of few bits (`fits`).
     """
+
+    data: str = "int16"
 
     @cached_property
     def weight_matrix(self) -> np.ndarray:
@@ -230,9 +237,20 @@ class IntegerAlgorithm(Algorithm):
         """Outputs must be less than 2**bits in magnitude, so that 32 bits hold them times the powers of 2."""
         return 31 - 2 * max(self.shifts)
 
-    def largest_input(self, largest: int) -> int:
-        """Return what no transformed input exceeds in magnitude, for inputs up to `largest` in magnitude."""
-        return largest * int(np.abs(self.input_matrix).sum(axis=1).max()) ** 2
+    def input_range(self, low: int, high: int) -> tuple[int, int]:
+        """Return the least and the largest transformed input, for inputs within low and high."""
+        positive = np.maximum(self.input_matrix, 0).sum(axis=1)
+        negative = np.maximum(-self.input_matrix, 0).sum(axis=1)
+        for _ in range(2):
+            lows, highs = low * positive - high * negative, high * positive - low * negative
+            low, high = int(lows.min()), int(highs.max())
+        return low, high
+
+    def offset(self, data_range: tuple[int, int]) -> int:
+        """What is added to the inputs, so that their transforms fit: 0, or what centres them."""
+        low, high = self.input_range(*data_range)
+        limits = np.iinfo(self.data)
+        return 0 if limits.min <= low and high <= limits.max else -(sum(data_range) + 1) // 2
 
 
 def _polynomial(roots: Sequence[float]) -> np.ndarray:
@@ -275,8 +293,26 @@ INTEGER_ALGORITHMS = {
         IntegerAlgorithm("F4", (0.0, 1.0, -1.0, 2.0, -2.0), 0.0),
         IntegerAlgorithm("S2", S2.points, 0.0, stride=2),
         IntegerAlgorithm("S4", S4.points, 0.0, stride=2),
+        IntegerAlgorithm("F2 bytes", F2.points, 0.0, data="int8"),
+        IntegerAlgorithm("S2 bytes", S2.points, 0.0, stride=2, data="int8"),
     )
 }
+
+
+def fits(algorithm: IntegerAlgorithm, weight: np.ndarray, data_range: tuple[int, int]) -> bool:
+    """Whether these weights, OIHW, times inputs within a range are exact by an algorithm."""
+    largest = max(map(abs, data_range)) * np.abs(weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()
+    if largest >= 1 << algorithm.bits:
+        return False
+    if algorithm.data == "int16":
+        # Of bytes, all do.
+        return True
+    limits = np.iinfo(algorithm.data)
+    offset = algorithm.offset(data_range)
+    low, high = algorithm.input_range(*(value + offset for value in data_range))
+    # Twice -128 * -128 is more than the 16 bits of two products hold: weights stay within 127.
+    inputs_fit = limits.min <= low and high <= limits.max
+    return inputs_fit and int(np.abs(transform_weights(weight, algorithm)).max()) <= limits.max
 
 
 def transform_weights(weight: np.ndarray, algorithm: Algorithm) -> np.ndarray:
@@ -302,7 +338,7 @@ def pack_weights(
     -------
     numpy.ndarray
         [rows][rows][O / block][in_channels / depth][block][depth], without the last axis where depth is 1;
-        float32, or int16 of integers. `rows` is the algorithm's weight_rows.
+        float32, or the integers that the algorithm computes with. `rows` is its weight_rows.
     """
     transformed = transform_weights(weight, algorithm)
     rows, _, outs, ins = transformed.shape
@@ -311,9 +347,9 @@ def pack_weights(
     full[:, :, :outs, :ins] = transformed
     split = full.reshape(rows, rows, blocks, block, in_channels // depth, depth).swapaxes(3, 4)
     packed = np.ascontiguousarray(split if depth > 1 else split[..., 0])
-    if packed.dtype == np.int64:
-        assert np.abs(packed).max(initial=0) < 2**15
-        return packed.astype(np.int16)
+    if isinstance(algorithm, IntegerAlgorithm):
+        assert np.abs(packed).max(initial=0) <= np.iinfo(algorithm.data).max
+        return packed.astype(algorithm.data)
     return packed
 
 

@@ -1,16 +1,16 @@
 """How Winograd kernels compute: the numbers of their stages, and how the work is cut for the caches."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 
-from tvm_compress.schedules import fp32
-from tvm_compress.schedules.intrin.dot import Dot, wrapping_dot_for
+from tvm_compress.schedules import fp32, int8
+from tvm_compress.schedules.intrin.dot import Dot, dot_for, wrapping_dot_for
 from tvm_compress.schedules.target_rules import TargetRules
 from tvm_compress.schedules.threads import worst_imbalance
-from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, INTEGER_ALGORITHMS, Algorithm
+from tvm_compress.schedules.winograd_algorithm import Algorithm, IntegerAlgorithm
 
 # Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
 _NEAR, _FAR = 8 / 64, 24 / 64
@@ -26,8 +26,6 @@ class Numbers:
     ----------
     family
         Name of the kernel family.
-    algorithms
-        What there is to choose from, by name.
     data, sums
         Types of transformed inputs and weights, and of their products' sums.
     dot
@@ -35,7 +33,6 @@ class Numbers:
     """
 
     family: str
-    algorithms: Mapping[str, Algorithm]
     data: str
     sums: str
     dot: Dot | None = None
@@ -50,14 +47,32 @@ class Numbers:
         """Bytes of a transformed input or weight."""
         return np.dtype(self.data).itemsize
 
+    @property
+    def wrapped(self) -> str:
+        """Type that the sums are transformed back in: of integers one that wraps around."""
+        return self.sums if self.sums == "float32" else "uint32"
 
-FLOATS = Numbers("winograd_fp32", ALGORITHMS, "float32", "float32")
+    def wrap(self, value: Any) -> Any:
+        """Return a sum in that type."""
+        return value if self.sums == self.wrapped else tirx.reinterpret(self.wrapped, value)
+
+    def place(self, ic: Any, lane: Any) -> tuple[Any, ...]:
+        """Index of an input channel's weight for an output channel of a block, within the block's."""
+        if self.dot is None:
+            return ic, lane
+        inner = self.dot.inner_index(lane % self.dot.lanes, ic % self.depth)
+        return ic // self.depth, lane // self.dot.lanes, *inner
 
 
-def integers(rules: TargetRules) -> Numbers:
-    """Return what the stages compute with for integers."""
-    dot = wrapping_dot_for(rules.isa)
-    return Numbers("winograd_int8", INTEGER_ALGORITHMS, "int16", "uint32", dot)
+FLOATS = Numbers("winograd_fp32", "float32", "float32")
+
+
+def integers(rules: TargetRules, algorithm: IntegerAlgorithm) -> Numbers:
+    """Return what the stages of an algorithm compute with for integers; x86 multiplies int16 at best."""
+    if algorithm.data == "int8" and rules.is_arm:
+        dot = dot_for(rules.isa)
+        return Numbers("winograd_int8", dot.data_dtype, dot.sum_dtype, dot)
+    return Numbers("winograd_int8", "int16", "uint32", wrapping_dot_for(rules.isa))
 
 
 @dataclass(frozen=True)
@@ -108,15 +123,35 @@ def cuts(
         memory = _memory_cycles(rules, blocks, weights, size)
         # Fewer blocks than threads are shared by all threads, each of them (winograd.schedule).
         uneven = worst_imbalance(blocks, rules.threads) if blocks >= rules.threads else 1.0
-        inputs = algorithm.n**2 * high * wide * info["IC"] * numbers.data_bytes
-        shared = algorithm.weight_rows < algorithm.n and inputs <= rules.l2_bytes // 2
-        tiles = fp32.rank_tiles(rules, 1, high * wide, info["OC"], steps)
+        first = _blocks_first(rules, info, algorithm, numbers, high * wide)
+        tiles = _register_tiles(rules, high * wide, info["OC"], steps, numbers.dot)
         for tile in tiles[:_MOST_REGISTER_TILES]:
             product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
             cycles = uneven * max(blocks * algorithm.n**2 * product, memory)
-            found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns, shared)))
+            found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns, first)))
     found.sort(key=lambda pair: pair[0])
     return {(b.rows, b.columns, b.vectors, b.tiles): b for _, b in found}
+
+
+def _blocks_first(
+    rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, numbers: Numbers, tiles: int
+) -> bool:
+    """See Blocking: whether weights that products share would else have left the second cache."""
+    weights = algorithm.weight_rows * info["IC"] * info["OC"] * numbers.data_bytes
+    inputs = algorithm.n**2 * tiles * info["IC"] * numbers.data_bytes
+    shared = algorithm.weight_rows < algorithm.n
+    return shared and weights > rules.l2_bytes and inputs <= rules.l2_bytes // 2
+
+
+def _register_tiles(
+    rules: TargetRules, tiles: int, channels: int, steps: int, dot: Dot | None
+) -> list[fp32.Tile]:
+    """Return the register tiles of the matrix product, the best first; columns are tiles of the image."""
+    if dot is None or not rules.is_arm:
+        return fp32.rank_tiles(rules, 1, tiles, channels, steps)
+    # Each product of bytes broadcasts the inputs anew, which counts as much as loading weights.
+    found = int8.rank_tiles((1, tiles), -(-channels // dot.lanes), dot.registers, dot.vector_cost)
+    return [fp32.Tile(tile.vectors, 1, tile.width) for tile in found]
 
 
 def _even_parts(extent: int) -> list[int]:

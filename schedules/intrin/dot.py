@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -57,6 +58,14 @@ class Dot:
         if len(self.inner_shape) == 2:
             return (lane, k)
         return (k // 2, lane, k % 2)
+
+    def pack(self, weights: np.ndarray) -> np.ndarray:
+        """Bring weights [..., block, depth] into the form [..., block / lanes, *inner_shape]."""
+        *outer, block, depth = weights.shape
+        vectors = weights.reshape(*outer, block // self.lanes, self.lanes, depth)
+        if len(self.inner_shape) == 3:  # [lanes, depth] -> [depth / 2, lanes, 2]
+            vectors = vectors.reshape(*vectors.shape[:-1], depth // 2, 2).swapaxes(-3, -2)
+        return np.ascontiguousarray(vectors).astype(self.weight_dtype, copy=False)
 
 
 # vpmaddubsw would take bytes, but it saturates at int16: pairs of int16 are the widest exact step of AVX2.

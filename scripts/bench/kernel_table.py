@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conv_kernels import KERNELS, MODULES, build_conv
+from conv_kernels import FEW_BITS, MODULES, build_conv, kernels
 from figures import PACKAGES, commit, machine
 
 from tvm_compress.rpc.cost_a72 import L1_MISS_CYCLES, L2_MISS_CYCLES
@@ -27,7 +27,7 @@ from tvm_compress.rpc.device import Device, LatencyResult, MeasurementSettings, 
 from tvm_compress.rpc.measure import measure
 from tvm_compress.schedules import kernel_tables
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, KERNEL_SIZE
+from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, INTEGER_ALGORITHMS, KERNEL_SIZE
 
 TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 LINE_BYTES = 64
@@ -76,31 +76,45 @@ def cost(result: LatencyResult, weight_bytes: int) -> float:
 
 
 def measure_shape(
-    device: Device, operator: str, stride: int, shape: tuple[int, int, int], settings: MeasurementSettings
+    device: Device,
+    operator: str,
+    stride: int,
+    shape: tuple[int, int, int],
+    settings: MeasurementSettings,
+    known: dict[str, float],
 ) -> dict[str, Any]:
-    """Row of the table."""
+    """Row of the table; costs that are known are kept."""
     size, ins, outs = shape
     target = parse_target(TARGETS[device.name])
+    names = [name for name in kernels(operator, stride) if name not in known]
+    if not rules_for(target).is_arm:
+        # x86 multiplies no bytes of both signs.
+        names = [name for name in names if name not in FEW_BITS]
     with tempfile.TemporaryDirectory() as folder:
         extents = (size * stride, size * stride, ins, outs)
         built = {
             name: build_conv(operator, extents, stride, name, target, Path(folder) / f"{name}.so")
-            for name in KERNELS[stride]
+            for name in names
         }
         libraries = {name: path for name, path in built.items() if path is not None}
-        x = np.ones((1, *extents[:3]), np.float32 if operator == "conv2d_fp32" else np.int8)
-        found = measure(device, libraries, [x], settings)
+        usual = "float32" if operator == "conv2d_fp32" else "int8"
+        inputs = {
+            name: [np.ones((1, *extents[:3]), "uint8" if name in FEW_BITS else usual)] for name in libraries
+        }
+        found = measure(device, libraries, inputs, settings)
     costs = {name: cost(found[name].result, weight_bytes(operator, name, ins * outs)) for name in libraries}
     rounded = {name: float(f"{value:.4g}") for name, value in costs.items()}
-    return {"H": size, "W": size, "IC": ins, "OC": outs, "costs": rounded}
+    return {"H": size, "W": size, "IC": ins, "OC": outs, "costs": known | rounded}
 
 
 def weight_bytes(operator: str, kernel: str, channels: int) -> int:
     """Bytes of packed weights, for so many pairs of an input and an output channel."""
-    direct, transformed = (4, 4) if operator == "conv2d_fp32" else (1, 2)
     if kernel == "direct":
-        return direct * KERNEL_SIZE**2 * channels
-    return transformed * ALGORITHMS[kernel].weight_rows ** 2 * channels
+        return (4 if operator == "conv2d_fp32" else 1) * KERNEL_SIZE**2 * channels
+    if operator == "conv2d_fp32":
+        return 4 * ALGORITHMS[kernel].weight_rows ** 2 * channels
+    algorithm = INTEGER_ALGORITHMS[kernel]
+    return np.dtype(algorithm.data).itemsize * algorithm.weight_rows**2 * channels
 
 
 def write_table(path: Path, isa: str, device: str, tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -135,7 +149,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(TARGETS), default="local")
     parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=tuple(TABLES))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--resume", action="store_true", help="keep the costs that the file has")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     device = open_device(arguments.device)
@@ -148,12 +162,14 @@ def main() -> None:
     for name in arguments.only:
         operator, stride, shapes = TABLES[name]
         rows = tables[name] = tables.get(name, []) if arguments.resume else []
-        known = {(row["H"], row["IC"], row["OC"]) for row in rows}
+        known = {(row["H"], row["IC"], row["OC"]): row["costs"] for row in rows}
         for shape in QUICK_SHAPES if arguments.quick else shapes:
+            row = measure_shape(device, operator, stride, shape, settings, known.get(shape, {}))
             if shape in known:
-                continue
-            rows.append(measure_shape(device, operator, stride, shape, settings))
-            costs = (f"{name} {cost:<10.4g}" for name, cost in rows[-1]["costs"].items())
+                rows[list(known).index(shape)] = row
+            else:
+                rows.append(row)
+            costs = (f"{kernel} {cost:<10.4g}" for kernel, cost in row["costs"].items())
             print(name, "{:>4} {:>4} -> {:<4}".format(*shape), *costs, flush=True)
             write_table(path, isa, arguments.device, tables)
 

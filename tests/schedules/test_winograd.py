@@ -15,7 +15,7 @@ from tvm.target import Target
 
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
-from tvm_compress.schedules import apply, kernel_tables, reference, winograd
+from tvm_compress.schedules import apply, kernel_tables, reference, winograd, winograd_choice
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.schedules.winograd_algorithm import (
     ALGORITHMS,
@@ -298,8 +298,8 @@ def test_the_tables_choose_what_was_measured_as_fastest(name: str, stride: int) 
     chosen = set()
     for row in rows:
         info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"], "stride": stride}
-        allowed = winograd.of_stride(ALGORITHMS, info)
-        algorithm = winograd.choose_algorithm(info, rules, "conv2d_fp32", allowed)
+        allowed = winograd_choice.of_stride(ALGORITHMS, info)
+        algorithm = winograd_choice.choose_algorithm(info, rules, "conv2d_fp32", allowed)
         kernel = algorithm.name if algorithm else "direct"
         assert row["costs"][kernel] == min(row["costs"].values())
         chosen.add(kernel)
@@ -325,7 +325,7 @@ def test_overhanging_tiles_count_in_the_costs() -> None:
 def test_targets_without_a_table_get_the_direct_kernel() -> None:
     rules = rules_for(parse_target("llvm -mcpu=apple-m1 -mtriple=aarch64-linux-gnu"))
     info = {"OH": 32, "OW": 32, "IC": 64, "OC": 64, "stride": 1}
-    assert winograd.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS) is None
+    assert winograd_choice.choose_algorithm(info, rules, "conv2d_fp32", ALGORITHMS) is None
 
 
 # (input shape, output channels, padding, algorithm).

@@ -16,11 +16,12 @@ from tests.schedules.test_int8 import A72, HOST, make_site, random_site
 from tests.schedules.test_winograd import taps
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
-from tvm_compress.schedules import apply, kernel_tables, ops, reference, winograd
+from tvm_compress.schedules import apply, kernel_tables, ops, reference, winograd, winograd_choice
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.schedules.winograd_algorithm import (
     INTEGER_ALGORITHMS,
     IntegerAlgorithm,
+    fits,
     pack_weights,
     transform_weights,
 )
@@ -28,7 +29,9 @@ from tvm_compress.schedules.winograd_algorithm import (
 SAME = [1, 1, 1, 1]
 F2, F4 = INTEGER_ALGORITHMS["F2"], INTEGER_ALGORITHMS["F4"]
 S2, S4 = INTEGER_ALGORITHMS["S2"], INTEGER_ALGORITHMS["S4"]
-EACH = pytest.mark.parametrize("algorithm", INTEGER_ALGORITHMS.values(), ids=list(INTEGER_ALGORITHMS))
+WIDE = [algorithm for algorithm in INTEGER_ALGORITHMS.values() if algorithm.data == "int16"]
+BYTES = [algorithm for algorithm in INTEGER_ALGORITHMS.values() if algorithm.data == "int8"]
+EACH = pytest.mark.parametrize("algorithm", WIDE, ids=lambda algorithm: algorithm.name)
 
 
 def lower(module: tvm.IRModule, target: Target, algorithm: IntegerAlgorithm) -> tvm.IRModule:
@@ -78,7 +81,7 @@ def test_factors_are_undone_modulo_32_bits(algorithm: IntegerAlgorithm, value: i
 
 @EACH
 def test_transformed_numbers_fit_16_bits(algorithm: IntegerAlgorithm) -> None:
-    assert algorithm.largest_input(255) < 2**15
+    assert max(map(abs, algorithm.input_range(0, 255))) < 2**15
     for sign in np.ndindex(2, 2, 2):
         weight = (127 * np.array([-1, 1])[np.add.outer(sign, sign) % 2]).astype(np.int8)
         packed = pack_weights(weight[None, None], algorithm, 1, 2, 2)
@@ -118,7 +121,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@given(convolutions(), st.sampled_from(list(INTEGER_ALGORITHMS.values())))
+@given(convolutions(), st.sampled_from(WIDE))
 @settings(max_examples=16, deadline=None)
 def test_any_convolution_is_exact(site: dict[str, Any], algorithm: IntegerAlgorithm) -> None:
     rng = np.random.default_rng(site["seed"])
@@ -168,6 +171,78 @@ def test_weights_whose_sums_may_not_fit_get_another_algorithm() -> None:
         for weight in (w, 127 * w):
             apply.lower_to_kernels(make_site(x, weight, b, padding=SAME), parse_target(HOST))
     assert list(dict.fromkeys(map(tuple, allowed))) == [("F2", "F4"), ("F2",)]
+
+
+def few_bits(
+    shape: tuple[int, ...], outs: int, bits: tuple[int, int], algorithm: IntegerAlgorithm, zero_point: int
+) -> tuple[tvm.IRModule, np.ndarray, np.ndarray]:
+    """A layer of (weight, activation) bits with its extreme values, data for it, and the exact result."""
+    rng = np.random.default_rng(0)
+    limit = 2 ** (bits[0] - 1) - 1
+    x = rng.choice([0, 1, 2 ** bits[1] - 2, 2 ** bits[1] - 1], shape).astype(np.uint8)
+    w = rng.integers(-limit, limit + 1, (outs, shape[-1], 3, 3)).astype(np.int8)
+    # Where each product is as large as it may be, and of one sign.
+    x[:, :5, :5] = 2 ** bits[1] - 1
+    w[0], w[1] = limit, -limit
+    b = rng.integers(-900, 900, outs).astype(np.int32)
+    geometry: dict[str, Any] = {
+        "strides": [algorithm.stride] * 2, "padding": SAME, "zero_point": zero_point,
+    }  # fmt: skip
+    names = {"scheme": "bitserial", "weight_bits": bits[0], "activation_bits": bits[1]}
+    return make_site(x, w, b, **geometry, **names), x, reference.conv2d(x, w, b, **geometry)
+
+
+@given(
+    size=st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    channels=st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([8, 24, 40])),
+    bits=st.tuples(st.integers(2, 4), st.integers(1, 6)),
+    algorithm=st.sampled_from(BYTES),
+)
+@settings(max_examples=6, deadline=None)
+def test_any_convolution_of_few_bits_is_exact(
+    size: tuple[int, int], channels: tuple[int, int], bits: tuple[int, int], algorithm: IntegerAlgorithm
+) -> None:
+    ins, outs = channels
+    module, x, exact = few_bits((1, *size, ins), outs, bits, algorithm, 2 ** bits[1] - 1)
+    # Other kernels of few bits are faster here.
+    with patch.object(winograd, "speedup", lambda *arguments: 99.0):
+        np.testing.assert_array_equal(run(module, x, algorithm), exact)
+
+
+@given(
+    bits=st.tuples(st.integers(2, 8), st.integers(1, 8)),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+    algorithm=st.sampled_from(BYTES),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_fits_bytes_is_computed_in_bytes(
+    bits: tuple[int, int], signed: bool, seed: int, algorithm: IntegerAlgorithm
+) -> None:
+    rng = np.random.default_rng(seed)
+    limit = 2 ** (bits[0] - 1) - 1
+    weight = limit * rng.choice([-1, 1], (1, 1, 3, 3))
+    low, high = (-(2 ** (bits[1] - 1)), 2 ** (bits[1] - 1) - 1) if signed else (0, 2 ** bits[1] - 1)
+    patches = rng.choice([low, high], (algorithm.patch, algorithm.patch, 500)) + algorithm.offset((low, high))
+    data = np.einsum("ik,jl,kln->ijn", algorithm.input_matrix, algorithm.input_matrix, patches)
+    if fits(algorithm, weight, (low, high)):
+        assert data.min() >= -128
+        assert data.max() <= 127
+        assert np.abs(transform_weights(weight, algorithm)).max() <= 127
+    else:
+        assert bits[0] > {1: 4, 2: 6}[algorithm.stride] or bits[1] > 6
+
+
+def test_bytes_hold_layers_of_4_bits() -> None:
+    narrow, strided = BYTES
+    full = np.ones((1, 1, 3, 3), np.int64)
+    assert fits(narrow, 14 * full, (0, 31))
+    assert fits(narrow, 14 * full, (0, 63))
+    assert not fits(narrow, 15 * full, (0, 31))
+    assert not fits(narrow, 7 * full, (0, 127))
+    assert fits(strided, 31 * full, (0, 63))
+    assert not fits(strided, 32 * full, (0, 63))
+    assert [narrow.offset((0, largest)) for largest in (31, 63)] == [0, -32]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +334,7 @@ def test_the_tables_hold_integer_kernels(name: str) -> None:
     for row in rows:
         info = {"OH": row["H"], "OW": row["W"], "IC": row["IC"], "OC": row["OC"], "stride": 1}
         allowed = {key: INTEGER_ALGORITHMS[key] for key in row["costs"] if key != "direct"}
-        algorithm = winograd.choose_algorithm(info, rules, "conv2d_int8", allowed)
+        algorithm = winograd_choice.choose_algorithm(info, rules, "conv2d_int8", allowed)
         kernel = algorithm.name if algorithm else "direct"
         assert row["costs"][kernel] == min(row["costs"].values())
         chosen.add(kernel)
@@ -292,3 +367,23 @@ def test_the_emulated_a72_computes_them_too(tmp_path: Path) -> None:
             )
             (actual,) = session.run(library, [x])
             np.testing.assert_array_equal(actual, reference.conv2d(x, w, b, **geometry))
+
+
+def test_the_emulated_a72_multiplies_bytes(tmp_path: Path) -> None:
+    target = parse_target(A72)
+    cases = [((1, 8, 8, 32), 16, (4, 5), 0), ((2, 7, 9, 64), 24, (4, 6), 63)]
+    with open_device("emulated-a72").open() as session:
+        for algorithm in BYTES:
+            for shape, outs, bits, zero_point in cases:
+                module, x, exact = few_bits(shape, outs, bits, algorithm, zero_point)
+                library = tmp_path / f"{algorithm.stride}-{bits[1]}.so"
+                # Lookups are faster for layers as small as these.
+                with patch.object(winograd, "speedup", lambda *arguments: 99.0):
+                    lowered = lower(module, target, algorithm)
+                assert apply.kernel_infos(lowered, target)[0].features["backend_winograd"] == 1
+                executable = relax.build(lowered, target=target)
+                (text,) = (p.inspect_source("asm") for p in executable.mod.imports if p.kind == "llvm")
+                assert "sadalp" in text
+                executable.export_library(str(library), fcompile=export_fcompile("aarch64-linux-gnu"))
+                (actual,) = session.run(library, [x])
+                np.testing.assert_array_equal(actual, exact)
