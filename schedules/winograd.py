@@ -279,8 +279,9 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
     tile = _schedule_input(sch, stages, chunk, data_lanes)
     # Blocks in parallel, or where threads would not get as many of them each, the parts of each stage.
     several = splits_evenly(kernel.loop_extent(sch, chunk), rules.threads)
+    last_stage = row if several or info["tile_block"][0] >= rules.threads else sch.fuse(row, column)
     macs = 9 * math.prod(info[key] for key in ("N", "OH", "OW", "OC", "IC"))
-    for loop in (chunk,) if several else (product, tile, row):
+    for loop in (chunk,) if several else (product, tile, last_stage):
         kernel.parallelize(sch, loop, rules, macs, kernel.MIN_PARALLEL_MACS)
     _write_products(sch, stages["products"], product, lanes, numbers.dot)
     for producer in others:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import tvm
 from figures import Figure, write_parts
-from kernels import network_module
-from networks import ResNet18
+from kernel_networks import BITS, make, realized
 
 from tvm_compress.passes.pipeline import build, lower
 from tvm_compress.rpc.cross_compile import export_fcompile
@@ -39,11 +38,9 @@ Part = tuple[list[Figure], dict[str, Any]]
 def modules(quick: bool) -> dict[str, tuple[tvm.IRModule, np.ndarray]]:
     """The networks, in fp32 and INT8, with an input."""
     found = {}
-    x = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-    for width in (32,) if quick else (32, 64):
-        for scheme in ("fp32", "int8"):
-            torch.manual_seed(0)
-            found[f"ResNet-18 w{width} {scheme}"] = network_module(ResNet18(width).eval(), x, scheme), x
+    for name in ("ResNet-18 w32",) if quick else ("ResNet-18 w32", "ResNet-18 w64"):
+        network, x = make(name)
+        found |= {f"{name} {scheme}": (realized(network, x, *bits), x) for scheme, bits in BITS.items()}
     return found
 
 
