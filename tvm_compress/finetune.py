@@ -114,21 +114,15 @@ def finetune(
     if twin.stage not in ("float", "qdq"):
         raise ModelError(f"Fine-tuning takes a float or QDQ module, not one of stage {twin.stage!r}.")
     generator = torch.Generator().manual_seed(seed)
-    teacher_logits = None
-    if teacher is not None and augment == "none":
-        teacher_logits = torch.from_numpy(teacher.predict(train.normalized()))
+    answers = None if teacher is None else _Answers(teacher, train, augment, epochs)
     trainer = _Trainer(twin, learning_rate, epochs * _batch_count(len(train), batch_size))
     twin.train()
     for epoch in range(1, epochs + 1):
         if observer is not None:
             observer.begin_epoch(twin.tensors)
         for indices in _shuffled(len(train), batch_size, generator):
-            x = torch.from_numpy(train.normalized(indices))
-            x = _augmented(x, augment, generator)
-            logits = None if teacher_logits is None else teacher_logits[indices]
-            if teacher is not None and logits is None:
-                with torch.no_grad():
-                    logits = teacher(x)
+            x, mirrored = _augmented(torch.from_numpy(train.normalized(indices)), augment, generator)
+            logits = None if answers is None else answers.to(x, indices, mirrored)
             trainer.step(x, _Targets(torch.from_numpy(train.y[indices]), logits))
             if observer is not None:
                 with torch.no_grad():
@@ -155,12 +149,15 @@ def _shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[n
     yield from np.array_split(order, _batch_count(n, batch_size))
 
 
-def _augmented(x: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+def _augmented(
+    x: torch.Tensor, augment: str, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images varied by chance, and which of them [N] were mirrored."""
     x = _shift(x, generator) if "shift" in augment else x
-    if "mirror" in augment:
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(mirrored, x.flip(-1), x)
-    return x
+    if "mirror" not in augment:
+        return x, torch.zeros(len(x), dtype=torch.bool)
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, x.flip(-1), x), mirrored.flatten()
 
 
 def _shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -171,6 +168,26 @@ def _shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     rows, columns = offsets[0] + torch.arange(height), offsets[1] + torch.arange(width)
     picked = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
+
+
+class _Answers:
+    """A teacher's logits: taken once where no image comes in more versions than epochs, else by the batch."""
+
+    def __init__(self, teacher: Twin, train: Dataset, augment: str, epochs: int) -> None:
+        self._teacher = teacher
+        self._known: torch.Tensor | None = None
+        if augment == "none" or (augment == "mirror" and epochs > 1):
+            x = train.normalized()
+            versions = [x, np.ascontiguousarray(x[..., ::-1])] if augment == "mirror" else [x]
+            # [versions, N, classes]; the second version is the mirrored one.
+            self._known = torch.from_numpy(np.stack([teacher.predict(version) for version in versions]))
+
+    def to(self, x: torch.Tensor, indices: np.ndarray, mirrored: torch.Tensor) -> torch.Tensor:
+        """Logits of the images `indices`, which look as `x` does."""
+        if self._known is not None:
+            return self._known[mirrored.long(), torch.from_numpy(indices)]
+        with torch.no_grad():
+            return self._teacher(x)
 
 
 class _Trainer:

@@ -8,7 +8,7 @@ from tvm import relax
 from tests.tvm_compress.twin_networks import Build
 from tvm_compress.data.dataset import Dataset, Normalization
 from tvm_compress.errors import DataError, ModelError, SettingError
-from tvm_compress.finetune import _augmented, _shift, finetune
+from tvm_compress.finetune import _Answers, _augmented, _shift, finetune
 from tvm_compress.passes.params import get_params, get_stage
 from tvm_compress.twin import Twin
 
@@ -159,12 +159,27 @@ def test_augmentation_moves_images_by_up_to_two_pixels():
 
 def test_mirroring_turns_about_half_of_the_images():
     x = torch.arange(64 * 3 * 4 * 5, dtype=torch.float32).reshape(64, 3, 4, 5)
-    made = _augmented(x, "mirror", torch.Generator().manual_seed(0))
+    made, mirrored = _augmented(x, "mirror", torch.Generator().manual_seed(0))
     turned = [torch.equal(image, original.flip(-1)) for image, original in zip(made, x, strict=True)]
     kept = [torch.equal(image, original) for image, original in zip(made, x, strict=True)]
     assert all(a != b for a, b in zip(turned, kept, strict=True))
     assert 20 <= sum(turned) <= 44
-    assert torch.equal(_augmented(x, "none", torch.Generator()), x)
+    assert mirrored.tolist() == turned
+    same, mirrored = _augmented(x, "none", torch.Generator())
+    assert torch.equal(same, x)
+    assert not mirrored.any()
+
+
+@pytest.mark.parametrize(("augment", "epochs"), [("none", 1), ("mirror", 1), ("mirror", 2), ("shift", 2)])
+def test_a_teacher_answers_for_the_images_that_are_seen(trained, train, augment, epochs):
+    teacher = Twin(trained)
+    answers = _Answers(teacher, train, augment, epochs)
+    indices = np.array([5, 3, 8, 13, 21, 34])
+    x = torch.from_numpy(train.normalized(indices))
+    seen, mirrored = _augmented(x, augment, torch.Generator().manual_seed(1))
+    assert mirrored.any() == (augment == "mirror")
+    with torch.no_grad():
+        np.testing.assert_allclose(answers.to(seen, indices, mirrored), teacher(seen), rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_augmentation_is_refused(train):

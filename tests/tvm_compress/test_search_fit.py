@@ -59,6 +59,41 @@ def test_what_is_too_slow_loses_its_least_sensitive_channels() -> None:
     assert narrow.policy["conv1"].channels < 64
 
 
+class LowSums(FormulaEvaluator):
+    """Sums of kernels that miss a third of what whole networks take."""
+
+    def ratio(self, policy: CompressionPolicy) -> float:
+        return super().ratio(policy) * 2 / 3
+
+
+def test_a_network_that_is_slower_than_its_kernels_is_narrowed_again() -> None:
+    slow = trial()
+    budget = slow.result.ratio * 0.8
+    narrow = fit(slow, budget, evaluator=LowSums(NETWORK))
+    assert narrow.policy == fit(slow, budget).policy
+    assert narrow.result.ratio <= budget * 1.02
+    evaluator = LowSums(NETWORK)
+    assert fit(slow, 0.01, evaluator=evaluator).result.ratio > 0.01
+    assert evaluator.calls < 20
+
+
+def test_widening_goes_by_what_the_whole_network_takes() -> None:
+    cut = trial(stem=24, conv1=16, conv2=32, down=32)
+    settings = SearchSettings(budget=cut.result.ratio + 0.12)
+    honest = BudgetFit(NETWORK, RULES, FormulaEvaluator(NETWORK), settings).widen(cut)
+    assert BudgetFit(NETWORK, RULES, LowSums(NETWORK), settings).widen(cut) == honest
+
+    class Surprise(FormulaEvaluator):
+        """Whatever is changed takes twice as long as its kernels."""
+
+        def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
+            result = super().evaluate(policy, episode)
+            return dataclasses.replace(result, ratio=2 * result.ratio) if episode else result
+
+    late = dataclasses.replace(cut, episode=1)
+    assert BudgetFit(NETWORK, RULES, Surprise(NETWORK), settings).widen(late) == late
+
+
 def test_a_budget_out_of_reach_ends() -> None:
     evaluator = FormulaEvaluator(NETWORK)
     narrow = fit(trial(), 0.01, evaluator=evaluator)

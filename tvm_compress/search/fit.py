@@ -18,6 +18,9 @@ from tvm_compress.search.settings import SearchSettings
 # A latency that exceeds the budget by no more than this share still meets it: as close as a measurement is.
 BUDGET_TOLERANCE = 0.02
 
+# So often a policy is narrowed: sums of kernels may say that it meets the budget where the network does not.
+ROUNDS = 3
+
 # Added to a step's divergence, so that steps which cost none differ by what they save.
 _LEAST_DIVERGENCE = 1e-4
 
@@ -105,7 +108,11 @@ class BudgetFit:
         self._settings = settings
 
     def fit(self, trial: Trial) -> Trial:
-        """Measure a trial again, with the most bits that cost nothing, and narrow it to the budget."""
+        """Measure a trial again, with the most bits that cost nothing, and narrow it to the budget.
+
+        The steps go by the evaluator's `ratio`; what is handed over has met the budget as a whole network, or
+        came as near as `ROUNDS` let it.
+        """
         policy, budget = trial.policy, self._settings.budget
         ratio = self._evaluator.ratio(policy)
         finer = self._with_most_bits(policy)
@@ -113,9 +120,15 @@ class BudgetFit:
             with_more = self._evaluator.ratio(finer)
             if with_more <= max(budget, ratio * (1 + BUDGET_TOLERANCE)):
                 policy, ratio = finer, with_more
-        if not meets_budget(ratio, budget):
-            policy = self._narrowed(policy, ratio)
-        return self._judged(trial, policy)
+        for _ in range(ROUNDS):
+            if not meets_budget(ratio, budget):
+                policy, ratio = self._narrowed(policy, ratio, budget)
+            judged = self._judged(trial, policy)
+            if meets_budget(judged.result.ratio, self._settings.budget):
+                break
+            # What the whole network needs beyond the ratio that the steps go by is taken off the budget.
+            budget = self._settings.budget * ratio / judged.result.ratio
+        return judged
 
     def fit_balanced(self, trial: Trial) -> Trial | None:
         """Fit a trial's schemes with all channels, which then go by sensitivity only.
@@ -134,18 +147,27 @@ class BudgetFit:
         return replace(trial, policy=policy, result=result, reward=reward)
 
     def widen(self, trial: Trial) -> Trial:
-        """Give channels back while the budget lasts, step by step: first what costs the most divergence."""
+        """Give channels back while the budget lasts, step by step: first what costs the most divergence.
+
+        What is not within the budget after all, once it is measured, stays as it was.
+        """
         policy, full = trial.policy, set[str]()
+        budget = self._settings.budget * self._evaluator.ratio(policy) / trial.result.ratio
         while options := [step for step in self._steps(policy, wider=True) if step.group not in full]:
             step = max(options, key=lambda one: (one.price, one.group))
-            if self._evaluator.ratio(step.policy) <= self._settings.budget:
+            if self._evaluator.ratio(step.policy) <= budget:
                 policy = step.policy
             else:
                 full.add(step.group)
-        return trial if policy == trial.policy else self._judged(trial, policy)
+        if policy == trial.policy:
+            return trial
+        wide = self._judged(trial, policy)
+        return wide if meets_budget(wide.result.ratio, self._settings.budget) else trial
 
-    def _narrowed(self, policy: CompressionPolicy, ratio: float) -> CompressionPolicy:
-        """Take as few channels as meet the budget: of ever narrower policies the first that does."""
+    def _narrowed(
+        self, policy: CompressionPolicy, ratio: float, budget: float
+    ) -> tuple[CompressionPolicy, float]:
+        """Take as few channels as meet the budget: of ever narrower policies the first that does; its ratio."""
         path = [policy]
         while (narrower := self._narrower(path[-1])) is not None:
             path.append(narrower)
@@ -155,17 +177,17 @@ class BudgetFit:
         low, slow = 0, ratio
         high, fast = len(path), 0.0
         while high - low > 1:
-            share = (slow - self._settings.budget) / max(slow - fast, 1e-9)
+            share = (slow - budget) / max(slow - fast, 1e-9)
             wanted = macs[low] - share * (macs[low] - macs[high])
             middle = next(i for i in range(low + 1, high + 1) if macs[i] <= wanted or i == high)
             middle = min(max(middle, low + 1), high - 1)
             ratio = self._evaluator.ratio(path[middle])
-            if meets_budget(ratio, self._settings.budget):
+            if meets_budget(ratio, budget):
                 high, fast = middle, ratio
             else:
-                low, slow = middle, max(ratio, self._settings.budget)
+                low, slow = middle, max(ratio, budget)
         # Where none is fast enough, the narrowest.
-        return path[min(high, len(path) - 1)]
+        return (path[high], fast) if high < len(path) else (path[-1], ratio)
 
     def _with_most_bits(self, policy: CompressionPolicy) -> CompressionPolicy | None:
         # Where kernels multiply bytes, a site of 2 bits takes as long as one of 6.
