@@ -21,6 +21,7 @@ from tvm_compress.passes.factorize import Factorize
 from tvm_compress.passes.fold_batch_norm import FoldBatchNorm
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import InsertQDQ
+from tvm_compress.passes.machine_code import build_executable
 from tvm_compress.passes.params import bind_params, get_stage, require_stage, with_stage
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.prune_channels import PruneChannels
@@ -215,23 +216,6 @@ def _bind(module: IRModule, run: _Phases) -> IRModule:
     return module
 
 
-def code_generation() -> tvm.ir.transform.PassContext:
-    """Settings that kernels are compiled by, in networks and alone: the current ones but two passes.
-
-    A kernel does not check its arguments, which would take a fifth of a small network's code: the VM's `main`
-    checks the inputs, and all other shapes are fixed. Common subexpressions are left to LLVM.
-    """
-    current = tvm.ir.transform.PassContext.current()
-    left_out = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
-    return tvm.ir.transform.PassContext(
-        current.opt_level,
-        current.required_pass,
-        current.disabled_pass,
-        current.instruments,
-        {**current.config, **left_out},
-    )
-
-
 def build(
     module: IRModule,
     target: TargetLike,
@@ -245,8 +229,7 @@ def build(
         raise ModelError("The module is not canonical.", "Apply Canonicalize to what an importer gives.")
     lowered = module if get_stage(module) == "kernels" else lower(module, parsed, dump, compact, tuning)
     kernels = kernel_infos(lowered, parsed)
-    with code_generation():
-        return Compiled(relax.build(lowered, parsed), kernels, lowered, parsed)
+    return Compiled(build_executable(lowered, parsed), kernels, lowered, parsed)
 
 
 @cache

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm.support.cc import create_shared
 
 from tvm_compress.errors import DeviceError
-from tvm_compress.passes.pipeline import Compiled, build, code_generation
+from tvm_compress.passes.machine_code import object_files
+from tvm_compress.passes.pipeline import Compiled, build
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import ArgumentSpecs, Device, LatencyResult, MeasurementSettings, Session
@@ -187,9 +189,8 @@ class LatencyMeter:
     def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
         functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
         path = self._folder / "kernels.so"
-        with code_generation():
-            compiled = tvm.compile(tvm.IRModule(functions), self.target)
-        compiled.export_library(str(path), fcompile=self._linker())
+        objects = object_files(functions, self.target, self._folder)
+        (self._linker() or create_shared)(str(path), [str(name) for name in objects])
         return path
 
     def _linker(self) -> Callable[..., None] | None:
