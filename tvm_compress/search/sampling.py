@@ -25,6 +25,9 @@ RANDOM_SHARE = 0.5
 POLICIES_OF_A_NETWORK = 4
 # Images larger than this are pooled before a random network flattens them.
 LARGEST_FLATTENED = 4
+# A random network's widths begin where a 3 x 3 convolution between two of them takes no more than this: wide
+# networks of large images would take most of the time for a few kernels.
+MOST_MACS = 20e6
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,11 @@ def subject_of(
 
 
 def random_network(rng: np.random.Generator) -> Model:
-    """Plain or residual convolutional network of random widths, for images of 16 to 64 pixels."""
-    size = int(rng.choice([16, 24, 28, 32, 48, 64]))
+    """Convolutional network of random widths, for images of 8 to 64 pixels.
+
+    Its blocks are plain, residual or inverted residual, and it ends as residual networks do or as VGG.
+    """
+    size = int(rng.choice([8, 12, 16, 24, 28, 32, 48, 64]))
     inputs = int(rng.choice([1, 3]))
     with torch.random.fork_rng():
         torch.manual_seed(int(rng.integers(2**31)))
@@ -109,21 +115,25 @@ def random_network(rng: np.random.Generator) -> Model:
 
 def _random_body(inputs: int, size: int, rng: np.random.Generator) -> tuple[list[nn.Module], int, int]:
     """Convolutions; the channels and the image size that they end with."""
-    # Wide networks of large images would take most of the time for a few kernels.
-    widest = 16 if size > 32 else 32
+    widest = int((MOST_MACS / 9) ** 0.5 / size)
     width = 8 * int(rng.integers(1, 1 + widest // 8))
     layers: list[nn.Module] = [*_layer(inputs, width, 3, 1)]
     for _ in range(int(rng.integers(2, 4))):
         wider = min(256, width + 8 * int(rng.integers(0, 1 + width // 8)))
         stride = int(rng.integers(1, 3))
-        if rng.random() < 0.5:
-            layers.append(_Residual(width, wider, stride))
-            size = -(-size // stride)
-        else:
+        block = rng.choice(["plain", "residual", "inverted"], p=[0.4, 0.4, 0.2])
+        if block == "plain":
             layers += _layer(width, wider, int(rng.choice([1, 3, 3, 5])), 1)
             if stride == 2:
                 layers.append(nn.MaxPool2d(2))
                 size //= 2
+        else:
+            expansion = int(rng.choice([1, 3, 6]))
+            residual = block == "residual"
+            layers.append(
+                _Residual(width, wider, stride) if residual else _inverted(width, wider, stride, expansion)
+            )
+            size = -(-size // stride)
         width = wider
     return layers, width, size
 
@@ -149,6 +159,17 @@ def _random_head(width: int, size: int, rng: np.random.Generator) -> list[nn.Mod
 def _layer(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Sequential:
+    """MobileNetV2's block (Sandler et al. 2018) without its shortcut: wider, each channel alone, narrower."""
+    wide = inputs * expansion
+    alone = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
+    return nn.Sequential(
+        *(_layer(inputs, wide, 1, 1)[:-1] + [nn.ReLU6()] if expansion > 1 else []),
+        *(alone, nn.BatchNorm2d(wide), nn.ReLU6()),
+        *_layer(wide, outputs, 1, 1)[:-1],
+    )
 
 
 class _Residual(nn.Module):
