@@ -40,7 +40,7 @@ def object_files(functions: Mapping[str, PrimFunc], target: Target, folder: Path
     Parameters
     ----------
     functions
-        Scheduled, by name, which is their symbol too.
+        Scheduled, by the names that become their symbols.
     """
     names = sorted(functions)
     count = min(MOST_PARTS, len(names))
@@ -49,7 +49,8 @@ def object_files(functions: Mapping[str, PrimFunc], target: Target, folder: Path
 
     def compile_part(path: Path) -> None:
         with context:
-            module = tvm.tirx.build(IRModule({name: functions[name] for name in parts[path]}), target)
+            kernels = {name: functions[name].with_attr("global_symbol", name) for name in parts[path]}
+            module = tvm.tirx.build(IRModule(kernels), target)
         module.write_to_file(str(path), "o")
 
     # TVM and LLVM let other threads run while they work.

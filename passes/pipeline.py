@@ -1,10 +1,11 @@
 """The order of the passes: the only place that knows it."""
 
+import functools
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,11 +73,24 @@ class Compiled:
         the host's compiler.
         """
         path = Path(path)
+        link = fcompile and _with_triple(fcompile, self.target)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
             unfinished = Path(folder) / path.name
-            self.executable.export_library(str(unfinished), fcompile=fcompile)
+            self.executable.export_library(str(unfinished), fcompile=link)
             os.replace(unfinished, path)
         return path
+
+
+def _with_triple(fcompile: Callable[..., None], target: Target) -> Callable[..., None]:
+    """Let a linking function say what it links for.
+
+    `export_library` asks it, to make the constants' object by LLVM: without, it writes them as C, which takes
+    seconds to compile and minutes where they are large.
+    """
+    link = functools.wraps(fcompile)(lambda *objects, **options: fcompile(*objects, **options))
+    triple = str(target.attrs.get("mtriple", "")) or f"{platform.machine()}-linux-gnu"
+    link.get_target_triple = lambda: triple  # type: ignore[attr-defined]
+    return link
 
 
 class _Phases:
@@ -232,7 +246,7 @@ def build(
     return Compiled(build_executable(lowered, parsed), kernels, lowered, parsed)
 
 
-@cache
+@functools.cache
 def register_pipelines() -> None:
     """Make `compress` and `lower` known to Relax: `relax.get_pipeline("tvm_compress.compress", policy=...)`.
 

@@ -77,15 +77,14 @@ def export_fcompile(target_triple: str) -> Callable[..., None] | None:
             f"Linking for {target_triple or 'this machine'} needs a C compiler, and none is installed.",
             f"Install one by `sudo apt-get install {package}`, or by {ZIG_HINT}.",
         )
-    return cross_compile(*command, triple=target_triple)
+    return cross_compile(*command)
 
 
-def cross_compile(*compiler: str, triple: str = "") -> Callable[..., None]:
+def cross_compile(*compiler: str) -> Callable[..., None]:
     """Make a function that links objects to a shared library with a C compiler, given as its command's words.
 
     Its parameters are (output, objects, options=None), as `export_library` calls it; it raises TargetError
-    where the compiler fails, and leaves nothing half-written. The triple is what it links for, "" this
-    machine.
+    where the compiler fails, and leaves nothing half-written.
     """
     name = Path(compiler[0]).name if len(compiler) == 1 else "Zig"
 
@@ -112,10 +111,8 @@ def cross_compile(*compiler: str, triple: str = "") -> Callable[..., None]:
         finally:
             part.unlink(missing_ok=True)
 
-    # export_library asks for these: the ending of what is linked, and what to make the constants' object for
-    # (without, it writes them as C, which takes seconds to compile).
+    # export_library asks for these: the ending of what is linked.
     link.output_format = "so"  # type: ignore[attr-defined]
-    link.get_target_triple = lambda: triple or f"{platform.machine()}-linux-gnu"  # type: ignore[attr-defined]
     return link
 
 

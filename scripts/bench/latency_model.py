@@ -5,10 +5,10 @@ usage: python scripts/bench/latency_model.py [--json docs/figures/latency_model.
 
 Parts: "local" and "emulated-a72" fit a model to kernels of ResNet-8, ResNet-18 of width 32, MobileNetV2 and
 random networks, and compare it with measurements on policies that it never saw, also of a VGG-7 that no
-kernel of the fit comes from; "warm" times one more policy of a search by kernels; "resnet18" times the emulated board;
-"search" compares `--latency hybrid` with `--latency measure`. A part that is run replaces its own entries in
-the JSON. Timed kernels stay in the benches' cache, so that an interrupted run goes on; "local" and "search"
-want a quiet machine.
+kernel of the fit comes from; "warm" times one more policy of a search by kernels; "resnet18" times the
+emulated board; "search" compares `--latency hybrid` with `--latency measure`. A part that is run replaces
+its own entries in the JSON. Timed kernels stay in the benches' cache, so that an interrupted run goes on;
+"local" and "search" want a quiet machine.
 """
 
 import argparse

@@ -125,7 +125,7 @@ def demo(
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
     episodes: Annotated[int, typer.Option(help="Policies to try.")] = 16,
-    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.55,
+    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.59,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
     studies: StudiesOption = Path("runs"),
@@ -141,7 +141,7 @@ def demo(
         seed=seed,
         threads=threads,
         latency="hybrid",
-        finetune_epochs=17,
+        finetune_epochs=18,
         finetune_lr=0.06,
         augment="mirror",
         refine=1,

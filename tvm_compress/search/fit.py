@@ -167,7 +167,10 @@ class BudgetFit:
     def _narrowed(
         self, policy: CompressionPolicy, ratio: float, budget: float
     ) -> tuple[CompressionPolicy, float]:
-        """Take as few channels as meet the budget: of ever narrower policies the first that does; its ratio."""
+        """Take as few channels as meet the budget; the ratio is given too.
+
+        Of ever narrower policies the first that meets it.
+        """
         path = [policy]
         while (narrower := self._narrower(path[-1])) is not None:
             path.append(narrower)

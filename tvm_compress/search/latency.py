@@ -187,8 +187,8 @@ class LatencyMeter:
         return found
 
     def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
-        functions = {name: k.func.with_attr("global_symbol", name) for name, k in kernels.items()}
         path = self._folder / "kernels.so"
+        functions = {name: kernel.func for name, kernel in kernels.items()}
         objects = object_files(functions, self.target, self._folder)
         (self._linker() or create_shared)(str(path), [str(name) for name in objects])
         return path

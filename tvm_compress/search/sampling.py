@@ -166,7 +166,7 @@ def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Sequ
     wide = inputs * expansion
     alone = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
     return nn.Sequential(
-        *(_layer(inputs, wide, 1, 1)[:-1] + [nn.ReLU6()] if expansion > 1 else []),
+        *([*_layer(inputs, wide, 1, 1)[:-1], nn.ReLU6()] if expansion > 1 else []),
         *(alone, nn.BatchNorm2d(wide), nn.ReLU6()),
         *_layer(wide, outputs, 1, 1)[:-1],
     )
