@@ -36,7 +36,7 @@ LEAST_ERROR = 0.01
 
 _PARAMETERS = {
     "objective": "reg:squarederror",
-    "max_depth": 5,
+    "max_depth": 6,
     "eta": 0.1,
     "min_child_weight": 2.0,
     "lambda": 1.0,
