@@ -74,8 +74,8 @@ def _mobilenet() -> MobileNetV2:
     network = MobileNetV2().eval()
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            # As large as trained ones leave their inputs: by those of a new network activations all but vanish,
-            # and what is left of them is less than the steps that biases need.
+            # Small enough to keep activations up: by those of a new network they all but vanish, and
+            # what is left of them is less than the steps that biases need.
             layer.running_var.uniform_(0.05, 0.15)
     return network
 
