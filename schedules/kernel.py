@@ -204,6 +204,8 @@ def parallelize(sch: s_tir.Schedule, loop: LoopRV, rules: TargetRules, work: int
         sch.parallel(loop)
 
 
+# Most vectors of the last axis that are unrolled.
+_VECTORS_OF_A_ROW = 8
 # Tells TVM's LoopPartition to cut a loop where a predicate of its body stops to hold, so that all whole
 # vectors lose the predicate (a predicate inside of a vector makes it scalar).
 _CUT = "pragma_loop_partition_hint"
@@ -258,6 +260,11 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
         extent = loop_extent(sch, last)
         rest = vectorize_cut(sch, last, lanes)
         if extent % vector_width(extent, lanes) == 0:
+            if outer:
+                # All vectors of a row are inside of an image or none: so a branch serves several.
+                width = vector_factor(loop_extent(sch, rest), _VECTORS_OF_A_ROW)
+                rest, several = sch.split(rest, [None, width])
+                sch.unroll(several)
             outer = [*outer, rest]
     else:
         outer = loops[:-1] or loops

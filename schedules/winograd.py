@@ -26,7 +26,7 @@ from tvm_compress.schedules.intrin.dot import Dot
 from tvm_compress.schedules.kernel import FusedKernel, KernelFamily
 from tvm_compress.schedules.packing import IntegerLayer
 from tvm_compress.schedules.target_rules import TargetRules
-from tvm_compress.schedules.threads import LINE, splits_evenly
+from tvm_compress.schedules.threads import LINE
 from tvm_compress.schedules.winograd_algorithm import (
     ALGORITHMS,
     INTEGER_ALGORITHMS,
@@ -36,7 +36,14 @@ from tvm_compress.schedules.winograd_algorithm import (
     pack_weights,
 )
 from tvm_compress.schedules.winograd_choice import applies, choose_algorithm, costs_by_kernel, of_stride
-from tvm_compress.schedules.winograd_plan import FLOATS, Numbers, cuts, integers
+from tvm_compress.schedules.winograd_plan import (
+    FLOATS,
+    Numbers,
+    cuts,
+    integers,
+    shares_blocks,
+    shares_rows,
+)
 
 
 def legalize(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
@@ -278,8 +285,8 @@ def schedule(sch: s_tir.Schedule, fused: FusedKernel, rules: TargetRules) -> Non
     data_lanes = kernel.vector_factor(info["padded_IC"], rules.vector_bits // (8 * numbers.data_bytes))
     tile = _schedule_input(sch, stages, chunk, data_lanes)
     # Blocks in parallel, or where threads would not get as many of them each, the parts of each stage.
-    several = splits_evenly(kernel.loop_extent(sch, chunk), rules.threads)
-    last_stage = row if several or info["tile_block"][0] >= rules.threads else sch.fuse(row, column)
+    several = shares_blocks(rules, kernel.loop_extent(sch, chunk))
+    last_stage = row if several or shares_rows(rules, info["tile_block"][0]) else sch.fuse(row, column)
     macs = 9 * math.prod(info[key] for key in ("N", "OH", "OW", "OC", "IC"))
     for loop in (chunk,) if several else (product, tile, last_stage):
         kernel.parallelize(sch, loop, rules, macs, kernel.MIN_PARALLEL_MACS)

@@ -1,19 +1,27 @@
 """How Winograd kernels compute: the numbers of their stages, and how the work is cut for the caches."""
 
+import math
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 
-from tvm_compress.schedules import fp32, int8
+from tvm_compress.schedules import fp32, int8, kernel
 from tvm_compress.schedules.intrin.dot import Dot, dot_for, wrapping_dot_for
 from tvm_compress.schedules.target_rules import TargetRules
-from tvm_compress.schedules.threads import worst_imbalance
+from tvm_compress.schedules.threads import imbalance, splits_evenly
 from tvm_compress.schedules.winograd_algorithm import Algorithm, IntegerAlgorithm
 
 # Cycles per byte from the second cache and from beyond it: the Cortex-A72's, as its emulation assumes them.
 _NEAR, _FAR = 8 / 64, 24 / 64
+# Cycles that a vector of a transformed value takes, from the patch or to the output (seen on the Cortex-A72).
+_TRANSFORM = 9
+# Cycles that a thread waits for a parallel region: 5 us at 1.5 GHz.
+_START = 7500
+# What stages take by themselves, against all of them in one region (seen on the Cortex-A72, one thread).
+_STAGES_APART = 1.05
 # Most bytes of what lies between the stages, for a block.
 _MOST_BYTES = 4 << 20
 
@@ -118,19 +126,68 @@ def cuts(
         size = _block_bytes(info, algorithm, numbers, high * wide)
         if size > _MOST_BYTES and high * wide > 1:
             continue
-        blocks = info["N"] * -(-rows // high) * -(-columns // wide)
+        blocks = _blocks(info, algorithm, high, wide)
         weights = numbers.data_bytes * algorithm.weight_rows**2 * info["IC"] * info["OC"]
         memory = _memory_cycles(rules, blocks, weights, size)
-        # Fewer blocks than threads are shared by all threads, each of them (winograd.schedule).
-        uneven = worst_imbalance(blocks, rules.threads) if blocks >= rules.threads else 1.0
         first = _blocks_first(rules, info, algorithm, numbers, high * wide)
         tiles = _register_tiles(rules, high * wide, info["OC"], steps, numbers.dot)
         for tile in tiles[:_MOST_REGISTER_TILES]:
             product = fp32.tile_cycles(rules, tile, 1, high * wide, info["OC"], steps)
-            cycles = uneven * max(blocks * algorithm.n**2 * product, memory)
+            transforms = _transform_cycles(rules, info, numbers, high * wide, tile.columns)
+            places = blocks * algorithm.n**2
+            cycles = max(places * product, memory) + places * transforms
+            cycles = _shared_cycles(rules, info, algorithm, cycles, (high, wide))
             found.append((cycles, Blocking(high, wide, tile.vectors, tile.columns, first)))
     found.sort(key=lambda pair: pair[0])
     return {(b.rows, b.columns, b.vectors, b.tiles): b for _, b in found}
+
+
+def _transform_cycles(
+    rules: TargetRules, info: dict[str, Any], numbers: Numbers, tiles: int, register_tiles: int
+) -> float:
+    """Estimate the cycles, for a place of the patches, of transforming so many tiles there and back."""
+    lanes = rules.vector_bits // (8 * numbers.data_bytes)
+    # The last register tile of inputs is filled up; of outputs what fills it is left out.
+    inputs = -(-tiles // register_tiles) * register_tiles * -(-info["IC"] // lanes)
+    return _TRANSFORM * (inputs + tiles * -(-info["OC"] // rules.fp32_lanes))
+
+
+def shares_blocks(rules: TargetRules, blocks: int) -> bool:
+    """Whether threads share blocks of tiles; else they share the parts of each stage of each block."""
+    return splits_evenly(blocks, rules.threads)
+
+
+def shares_rows(rules: TargetRules, rows: int) -> bool:
+    """Whether threads that share the last stage take whole rows of a block's tiles, else single tiles."""
+    return splits_evenly(rows, rules.threads)
+
+
+def _shared_cycles(
+    rules: TargetRules, info: dict[str, Any], algorithm: Algorithm, cycles: float, block: tuple[int, int]
+) -> float:
+    """Estimate the cycles of all threads together, waiting ones too: the mean over all numbers of threads.
+
+    `cycles` is what one thread takes by itself.
+    """
+    macs = 9 * math.prod(info[key] for key in ("N", "OH", "OW", "OC", "IC"))
+    if rules.threads == 1 or macs < kernel.MIN_PARALLEL_MACS:
+        return cycles
+    rows, columns = block
+    tiles, blocks = rows * columns, _blocks(info, algorithm, rows, columns)
+    parts, starts = [blocks], 1
+    if not shares_blocks(rules, blocks):
+        parts = [tiles, algorithm.n**2, rows if shares_rows(rules, rows) else tiles]
+        starts = len(parts) * blocks
+        cycles *= _STAGES_APART
+    numbers = range(1, rules.threads + 1)
+    uneven = mean(imbalance(part, threads) for threads in numbers for part in parts)
+    return cycles * uneven + starts * _START * mean(threads * (threads > 1) for threads in numbers)
+
+
+def _blocks(info: dict[str, Any], algorithm: Algorithm, rows: int, columns: int) -> int:
+    """Blocks of so many rows and columns of tiles that cover all images."""
+    high, wide = (-(-info[key] // algorithm.m) for key in ("OH", "OW"))
+    return int(info["N"]) * -(-high // rows) * -(-wide // columns)
 
 
 def _blocks_first(

@@ -188,6 +188,8 @@ def test_float_network_and_its_cycles(sample: Model, tmp_path: Path) -> None:
     # 4 multiply-accumulates a cycle is the core's limit, and Winograd saves three of four at most: less than
     # that many cycles would be a miscount.
     assert first.value > 9.3e6 / 16
+    # 1.54 M when this was written; 1.77 M with tiles that overhang and small layers whose stages are shared.
+    assert first.value < 1.6e6
 
 
 def test_benchmark_shows_what_each_kernel_costs(

@@ -130,7 +130,8 @@ def test_threads_have_as_much_to_do_and_write_lines_of_their_own(name: str, targ
     infos = kernel_infos(lower_to_kernels(SITES[name](), target), target)
     works = [kernel_work(info.func, rules_for(target).vector_bits) for info in infos]
     total = sum(work.total for work in works)
-    for threads, most in ((2, 1.15), (3, 1.2), (4, 1.2)):
+    # Three threads take 8 blocks as 3, 3 and 2: better than to wait for each other at each stage of two.
+    for threads, most in ((2, 1.15), (3, 1.25), (4, 1.2)):
         assert sum(work.largest_share(threads) for work in works) * threads / total < most
         for info in infos:
             assert all(lines.contested == 0 for lines in written_lines(info.func, threads))

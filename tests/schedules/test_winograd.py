@@ -1,6 +1,7 @@
 """Winograd's kernels against numpy: shapes, paddings and channels of any kind, errors, threads, epilogues."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
 from tvm_compress.schedules import apply, kernel_tables, reference, winograd, winograd_choice
 from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.schedules.threads import kernel_work
 from tvm_compress.schedules.winograd_algorithm import (
     ALGORITHMS,
     F2,
@@ -28,7 +30,7 @@ from tvm_compress.schedules.winograd_algorithm import (
     pack_weights,
     transform_weights,
 )
-from tvm_compress.schedules.winograd_plan import FLOATS, cuts
+from tvm_compress.schedules.winograd_plan import FLOATS, cuts, shares_blocks, shares_rows
 
 RPI4 = "raspberry-pi/4b-aarch64"
 SAME = (1, 1, 1, 1)
@@ -286,6 +288,44 @@ def test_blocks_cover_the_image_and_tiles_fit_the_registers(
         assert -(-tiles // blocking.rows) * blocking.rows - tiles < blocking.rows
         assert blocking.vectors * blocking.tiles + blocking.vectors < rules.vector_registers
         assert 4 * algorithm.n**2 * blocking.rows * blocking.columns * 2 * channels <= 4 << 20
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 16), (32, 32)])
+def test_a_small_layer_has_no_overhang_and_one_parallel_region(size: int, channels: int) -> None:
+    """Blocks that threads share as they are, rather than fewer ones whose stages they would share."""
+    target = parse_target(RPI4)
+    weight = np.ones((channels, channels, 3, 3), np.float32)
+    module = conv_module((1, size, size, channels), weight)
+    (info,) = apply.kernel_infos(lower(module, target, ALGORITHMS["F4"]), target)
+    regions = kernel_work(info.func, 128).regions
+    # Padding, then all that is done with each of the blocks, which are rows of tiles.
+    assert [region.starts for region in regions] == [1] * len(regions)
+    assert regions[-1].extent == -(-size // 4)
+
+
+def test_what_overhangs_is_counted_and_so_is_waiting_for_threads() -> None:
+    rules = rules_for(parse_target(RPI4))
+    info = dict(N=1, OH=28, OW=28, IC=16, OC=16)
+
+    def best(cores: int) -> tuple[int, ...]:
+        return next(iter(cuts(replace(rules, threads=cores), info, ALGORITHMS["F4"], FLOATS)))
+
+    # Of 7 rows of tiles: 4 + 3 would compute an 8th one.
+    assert best(4)[:2] == (1, 7)
+    rows, columns = best(1)[:2]
+    assert 7 % rows == 0
+    assert 7 % columns == 0
+    # Too small to be worth the threads: as with one core.
+    info |= {"OH": 12, "OW": 12}
+    assert best(4) == best(1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+def test_rows_of_the_last_stage_are_shared_where_threads_get_about_as_many(rows: int) -> None:
+    rules = rules_for(parse_target(RPI4))
+    assert shares_rows(rules, rows) == (rows >= 7)
+    assert shares_blocks(rules, rows) == (rows >= 7)
+    assert shares_rows(replace(rules, threads=1), rows)
 
 
 @pytest.mark.parametrize(
