@@ -8,7 +8,7 @@ from tvm_compress.calibration import calibrate
 from tvm_compress.compression import compress_model, uniform_policy
 from tvm_compress.compressor import PostTraining
 from tvm_compress.errors import DataError, ModelError, SettingError
-from tvm_compress.passes.params import get_params
+from tvm_compress.passes.params import get_params, set_params
 from tvm_compress.passes.pipeline import compress
 from tvm_compress.passes.realize_integer import RealizeInteger
 from tvm_compress.passes.sites import find_sites
@@ -102,6 +102,21 @@ def test_sites_in_float_are_left_alone():
     after = get_params(correct_biases(before, module, x))
     changed = {n for n, value in get_params(before).items() if not np.array_equal(value, after[n])}
     assert changed == {"bn1.running_mean", "bn1.running_var"}
+
+
+def test_one_image_and_dead_channels():
+    """A channel that never moves, in either network, keeps its spread."""
+    gamma = np.ones(8)
+    gamma[:3] = 0
+    module = residual(gamma=gamma)
+    weights = get_params(module)["b.conv1.weight"].copy()
+    weights[5] = 0
+    module = set_params(module, {"b.conv1.weight": weights})
+    x = images(1)
+    after = correct_biases(quantized(module, images()), module, x)
+    assert all(np.isfinite(value).all() for value in get_params(after).values())
+    assert get_params(after)["b.bn1.running_var"][5] == get_params(module)["b.bn1.running_var"][5]
+    np.testing.assert_allclose(Twin(after).predict(x), Twin(module).predict(x), atol=1e-4)
 
 
 def test_bad_input():
