@@ -249,6 +249,21 @@ def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
     return figures + artifact_figures([p for p in points if p["kind"] == "artifact"])
 
 
+def options_table(points: list[dict[str, Any]]) -> list[list[str]]:
+    """Everything that was tried without training, for the documentation."""
+    rows = [["network", "bits", "without training", "accuracy", "divergence x 1000"]]
+    dense = {p["network"]: f"{100 * p['accuracy']:.2f} %" for p in points if p["kind"] == "dense"}
+    for network, accuracy in dense.items():
+        rows.append([network, "float", "dense", accuracy, "0"])
+        for point in points:
+            if point.get("network") != network or point["kind"] not in ("post-training", "peer"):
+                continue
+            bits, said = point.get("bits", "W8A8"), point.get("options", point.get("peer"))
+            far = f"{1000 * point['divergence']:.3g}" if "divergence" in point else ""
+            rows.append([network, bits, said, f"{100 * point['accuracy']:.2f} %", far])
+    return rows
+
+
 def _named(points: list[dict[str, Any]], options: str) -> dict[str, Any]:
     return next((p for p in points if p.get("options") == options), points[0])
 
@@ -294,7 +309,8 @@ def main() -> None:
         "first and last site": "8 bits",
         "not measured": bench.missing,
     }
-    write(arguments.json, "quantization", settings, figures_of(points), points)
+    table = {"kind": "table", "table": options_table(points)}
+    write(arguments.json, "quantization", settings, figures_of(points), [*points, table])
 
 
 if __name__ == "__main__":
