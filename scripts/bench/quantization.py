@@ -222,19 +222,19 @@ def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
             for bits, goal in goals.items():
                 name = f"W{bits[0]}A{bits[1]}"
                 here = [p for p in mine if p["kind"] == kind and p["bits"] == name]
-                if not here:
+                # Of what is offered with bias correction: what is nearest to the dense network elsewhere.
+                offered = [p for p in here if "bias correction" in p.get("options", "")]
+                nearest = min(offered, key=lambda p: p["divergence"], default=None)
+                # The default for 8 bits.
+                chosen = here[0] if here and (bits == (8, 8) or kind == "trained") else nearest
+                if chosen is None:
                     continue
-                # The default for 8 bits; for fewer, everything that needs no training.
-                chosen = here[0] if bits == (8, 8) else _named(here, "reconstruction, bias correction")
                 value, note = lost(chosen)
                 if kind == "trained":
                     note += f", {chosen['images_seen']:,} images seen"
                 title = f"{network}, {name} {kind}: accuracy lost"
                 figures.append(Figure(title, value, "points", goal, "<=", note=note))
-                if bits == (8, 8) and best_peer is not None:
-                    # Of what is offered, what stays nearest to the dense network on other images.
-                    corrected = [p for p in here if "bias correction" in p["options"]]
-                    nearest = min(corrected, key=lambda p: p["divergence"], default=chosen)
+                if bits == (8, 8) and best_peer is not None and nearest is not None:
                     gain = 100 * (nearest["accuracy"] - best_peer["accuracy"])
                     note = f"{nearest['options']}: {100 * nearest['accuracy']:.2f} %; "
                     note += f"{best_peer['peer']} (best of {len(peers)}): {100 * best_peer['accuracy']:.2f} %"
@@ -262,10 +262,6 @@ def options_table(points: list[dict[str, Any]]) -> list[list[str]]:
             far = f"{1000 * point['divergence']:.3g}" if "divergence" in point else ""
             rows.append([network, bits, said, f"{100 * point['accuracy']:.2f} %", far])
     return rows
-
-
-def _named(points: list[dict[str, Any]], options: str) -> dict[str, Any]:
-    return next((p for p in points if p.get("options") == options), points[0])
 
 
 def artifact_figures(points: list[dict[str, Any]]) -> list[Figure]:
