@@ -60,6 +60,20 @@ class IntegerPoint:
     needed_with: tuple[tuple[relax.Var, tuple[relax.Var, ...]], ...]
 
 
+def sums_whole_windows(call: relax.Call) -> bool:
+    """Whether an average pooling divides by one number everywhere, so that its sums can be integers."""
+    attrs = call.attrs
+    keys = ("pool_size", "strides", "padding", "dilation")
+    window, strides, padding, dilation = ([int(v) for v in attrs[key]] for key in keys)
+    size, out = ([int(v) for v in t.ty.shape][1:3] for t in (call.args[0], call))
+    # What ceil_mode adds at the end are windows that are cut off.
+    whole = [
+        (size[i] + padding[i] + padding[i + 2] - window[i]) // strides[i] + 1 == out[i] for i in range(2)
+    ]
+    counted = not any(padding) or bool(attrs["count_include_pad"])
+    return str(attrs["layout"]) == "NHWC" and set(dilation) == {1} and all(whole) and counted
+
+
 def find_integer_points(function: relax.Function) -> list[IntegerPoint]:
     """Find the points of a float or annotated function in order, whatever will be quantized of it."""
     return _Finder(function).points()
@@ -207,4 +221,6 @@ class _Finder:
     def _passes(self, var: relax.Var, value: relax.Expr) -> bool:
         if isinstance(value, relax.TupleGetItem) or var in self.parents or var in self.products:
             return True
+        if operator(value) == "relax.nn.avg_pool2d":
+            return sums_whole_windows(value)
         return operator(value) in _TRANSPARENT | CLAMPS

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tvm import relax
 
+from tvm_compress.passes.graph import operator
 from tvm_compress.passes.quantization import QuantizationParameters
+from tvm_compress.schedules import ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +87,19 @@ class Sum(Value):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Value):
-    """Average of x over height and width, which hold `area` pixels; `call` is the mean in the module."""
+    """Average of x over `area` pixels; `call` is the mean or the average pooling in the module."""
 
     x: Value
     area: int
     call: relax.Call
 
-    @property
-    def keepdims(self) -> bool:
-        """Whether height and width stay, as extents of 1."""
-        return bool(self.call.attrs["keepdims"])
+    def total(self, terms: relax.Expr) -> relax.Call:
+        """Return the sums of int32 terms, of x's shape, that the averages are of."""
+        attrs = self.call.attrs
+        if operator(self.call) == "relax.mean":
+            return relax.op.sum(terms, axis=[1, 2], keepdims=bool(attrs["keepdims"]))
+        window = {name: [int(v) for v in attrs[name]] for name in ("pool_size", "strides", "padding")}
+        return ops.call("window_sum", [terms], **window)
 
 
 @dataclass(frozen=True, eq=False)

@@ -248,7 +248,7 @@ class Writer:
         return self.builder.emit(relax.op.clip(total, *grid.bounds()))
 
     def _mean(self, value: Mean, grid: _Grid) -> relax.Expr:
-        """Sum integers over height and width; the division is part of the requantization."""
+        """Sum integers over the pixels; the division is part of the requantization."""
         if isinstance(value.x, Quantized):
             held = value.x.held
             ratio = held.scale / value.area / grid.scale
@@ -258,15 +258,14 @@ class Writer:
         shift = min(ADD_SHIFT, max(0, limit.bit_length() - 1 - wanted))
         fine = _Grid(grid.scale / 2**shift, 0, -limit, limit, "int32")
         terms = self._integers(value.x, fine)
-        total = self.builder.emit(relax.op.sum(terms, axis=[1, 2], keepdims=value.keepdims))
+        total = self.builder.emit(value.total(terms))
         return self._requantize(total, 1 / (2**shift * value.area), grid, limit * value.area)
 
     def _sum(self, value: Mean) -> relax.Expr:
-        """Emit the sum over height and width of q - zero_point, once."""
+        """Emit the sums over the pixels of q - zero_point, once."""
         assert isinstance(value.x, Quantized)
         if value not in self._sums:
-            terms = self._centred(value.x)
-            self._sums[value] = self.builder.emit(relax.op.sum(terms, axis=[1, 2], keepdims=value.keepdims))
+            self._sums[value] = self.builder.emit(value.total(self._centred(value.x)))
         return self._sums[value]
 
     def _multiply(self, value: Product) -> relax.Expr:

@@ -13,6 +13,7 @@ from tvm_compress.passes.annotate_quantization import QUANTIZATION, count_uses
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.insert_qdq import with_args
 from tvm_compress.passes.integer_functions import COMPUTED, function_of
+from tvm_compress.passes.integer_points import sums_whole_windows
 from tvm_compress.passes.integer_values import (
     Clamp,
     Float,
@@ -117,6 +118,7 @@ class _Realizer:
             "relax.multiply": self._multiply,
             "relax.nn.batch_norm": self._batch_norm,
             "relax.mean": self._mean,
+            "relax.nn.avg_pool2d": self._average_pool,
             "relax.permute_dims": self._move,
             "relax.reshape": self._move,
             "relax.expand_dims": self._move,
@@ -325,6 +327,13 @@ class _Realizer:
         if isinstance(x, _Parameter) or axes != [1, 2] or len(shape) != 4:
             return None
         return Mean(x, int(shape[1]) * int(shape[2]), call)
+
+    def _average_pool(self, call: relax.Call) -> Value | None:
+        x = self._value(call.args[0])
+        if isinstance(x, _Parameter) or not sums_whole_windows(call):
+            return None
+        height, width = (int(extent) for extent in call.attrs["pool_size"])
+        return Mean(x, height * width, call)
 
     def _move(self, call: relax.Call) -> Value | None:
         x = self._value(call.args[0])

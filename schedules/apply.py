@@ -64,6 +64,7 @@ _ELEMENTWISE: dict[str, Callable[[relax.BlockBuilder, relax.Call, TargetRules], 
     "dequantize": elementwise.legalize_dequantize,
     "requantize": elementwise.legalize_requantize,
     "table": table.legalize,
+    "window_sum": elementwise.legalize_window_sum,
 }
 _FP32_SITES = ("relax.nn.conv2d", "relax.matmul")
 _INTEGER_SITES = ("tvm_compress.conv2d", "tvm_compress.dense")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, s_tir, te, tirx
+from tvm import relax, s_tir, te, tirx, topi
 from tvm.s_tir.schedule import SBlockRV
 
 from tvm_compress.errors import KernelError
@@ -197,6 +197,25 @@ def rounded_product(x: Any, multiplier: Any | None, shift: int, dtype: str) -> A
     # An arithmetic shift of the sign gives -1 or 0, without a comparison in the vector.
     sign = product >> tirx.const(np.iinfo(dtype).bits - 1, dtype)
     return (product + half + sign) >> tirx.const(shift, dtype)
+
+
+def legalize_window_sum(bb: relax.BlockBuilder, call: relax.Call, rules: TargetRules) -> relax.Expr:
+    """Replace tvm_compress.window_sum; see schedules.ops for what it computes."""
+    (kh, kw), (sh, sw) = ([int(v) for v in call.attrs[key]] for key in ("pool_size", "strides"))
+    top, left, bottom, right = (int(p) for p in call.attrs["padding"])
+    n, out_h, out_w, channels = (int(extent) for extent in call.ty.shape)
+
+    def compute(x: te.Tensor) -> te.Tensor:
+        around = [0, top, left, 0], [0, bottom, right, 0]
+        padded = topi.nn.pad(x, *around, pad_value=0) if top + left + bottom + right else x
+        dy, dx = te.reduce_axis((0, kh), name="dy"), te.reduce_axis((0, kw), name="dx")
+        return te.compute(
+            (n, out_h, out_w, channels),
+            lambda i, y, z, c: te.sum(padded[i, y * sh + dy, z * sw + dx, c], axis=[dy, dx]),
+            name="window_sum",
+        )
+
+    return bb.call_te(compute, call.args[0], primfunc_name_hint="window_sum")
 
 
 def _per_channel(values: te.Tensor, indices: tuple[Any, ...]) -> Any:

@@ -21,6 +21,9 @@ requantize(x: int32, multiplier: int32 [C] or [1])
 table(x: int8 | uint8, values: int8 | uint8 | int32 [256]) -> integers of the values' type, the shape of x
     `values[x - lowest]`, lowest being the smallest number of x's type: any function of one number, such as
     hard-swish.
+window_sum(x: int32 NHWC) -> int32 NHWC
+    The sum over each window of `pool_size`, every `strides`, with zeros around x (`padding`: top, left,
+    bottom, right): what an average is taken of.
 binarize(w: float32)
     int8 +1 where w >= 0, else -1 (stands only in QDQ modules, before weights are realised).
 lookup(indices: uint8, codebook: float32 [R, K]) -> float32, the shape of the indices
@@ -74,6 +77,14 @@ def _infer_dense(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
     return relax.TensorType((static_shape(call.args[0])[0], static_shape(call.args[1])[0]), "int32")
 
 
+def _infer_window_sum(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
+    n, h, w, c = static_shape(call.args[0])
+    top, left, bottom, right = (int(p) for p in call.attrs["padding"])
+    (kh, kw), (sh, sw) = ([int(v) for v in call.attrs[key]] for key in ("pool_size", "strides"))
+    shape = n, (h + top + bottom - kh) // sh + 1, (w + left + right - kw) // sw + 1, c
+    return relax.TensorType(shape, "int32")
+
+
 def _infer_cast(dtype: str | None) -> Callable[[relax.Call, relax.BlockBuilder], relax.TensorType]:
     def infer(call: relax.Call, _: relax.BlockBuilder) -> relax.TensorType:
         return relax.TensorType(call.args[0].ty.shape, dtype or str(_attr(call, "dtype")))
@@ -97,6 +108,7 @@ _OPERATORS: dict[str, tuple[int, Callable]] = {
     "dense": (3, _infer_dense),
     "requantize": (2, _infer_cast(None)),
     "table": (2, _infer_table),
+    "window_sum": (1, _infer_window_sum),
     "binarize": (1, _infer_cast("int8")),
     "lookup": (2, _infer_lookup),
 }

@@ -1,13 +1,16 @@
 """Kernels and whole networks on the emulated Cortex-A72: the integers of the reference and of the twin."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from tvm import relax
 
+from tests.passes.quantized_networks import pooling
 from tests.passes.torch_networks import Gated, example
 from tvm_compress.calibration import calibrate
 from tvm_compress.cli.main import main
@@ -157,9 +160,12 @@ def test_networks_compute_the_twins_integers(sample: Model, tmp_path: Path, bits
         np.testing.assert_array_equal(artifact.predict(images, open_device(device)), twin)
 
 
-def test_hard_swish_and_squeeze_and_excite_are_the_twins_integers(tmp_path: Path) -> None:
-    """Tables, products and gated averages: the logits of a MobileNetV3 block, to the bit."""
-    module = example(Gated()).module
+@pytest.mark.parametrize("make", [lambda: example(Gated()).module, pooling], ids=["gated", "pooling"])
+def test_what_stands_between_sites_is_the_twins_integers(
+    tmp_path: Path, make: Callable[[], tvm.IRModule]
+) -> None:
+    """Tables, products and averages: the logits of a MobileNetV3 block and of one that pools, to the bit."""
+    module = make()
     x = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
     site = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
     policy = CompressionPolicy(sites={each.name: site for each in find_sites(module)})

@@ -46,7 +46,7 @@ class PostTraining:
     equalize
         Whether layers that follow each other share their weights' ranges first: see `EqualizeChannels`.
     bias_correction
-        Whether channels' mean outputs are put right at the end: see `bias_correction.correct_biases`.
+        Whether channels' means and spread are put right at the end: see `bias_correction.correct_biases`.
 
     Raises
     ------

@@ -40,6 +40,16 @@ def max_pool(x, attrs) -> np.ndarray:
     return windows(x, kernel, strides, padding, dilation, low).max(axis=(-1, -2))
 
 
+def window_sum(x, attrs) -> np.ndarray:
+    kernel, strides, padding = ([int(v) for v in attrs[key]] for key in ("pool_size", "strides", "padding"))
+    return windows(x, kernel, strides, padding, (1, 1), 0).sum(axis=(-1, -2))
+
+
+def avg_pool(x, attrs) -> np.ndarray:
+    total, ones = window_sum(x, attrs), window_sum(np.ones_like(x), attrs)
+    return total / (np.prod([int(v) for v in attrs["pool_size"]]) if attrs["count_include_pad"] else ones)
+
+
 def along(values, axis: int, ndim: int) -> np.ndarray:
     values = np.asarray(values)
     if values.size == 1:
@@ -107,6 +117,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "relax.clip": lambda x, low, high, _: np.clip(x, low, high).astype(x.dtype),
     "relax.nn.batch_norm": batch_norm,
     "relax.nn.max_pool2d": max_pool,
+    "relax.nn.avg_pool2d": avg_pool,
     "relax.nn.batch_flatten": lambda x, _: x.reshape(x.shape[0], -1),
     "relax.concat": lambda parts, a: np.concatenate(parts, axis=int(a["axis"])),
     "relax.mean": lambda x, a: x.mean(axis=tuple(int(v) for v in a["axis"]), keepdims=bool(a["keepdims"])),
@@ -123,6 +134,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "tvm_compress.quantize": integers_quantize,
     "tvm_compress.dequantize": lambda x, s, a: (x.astype(np.float64) - a["zero_point"]) * s,
     "tvm_compress.requantize": requantize,
+    "tvm_compress.window_sum": lambda x, a: check_int32(window_sum(x.astype(np.int64), a)),
     "tvm_compress.table": lambda x, values, _: values[x.astype(int) - np.iinfo(x.dtype).min],
     "tvm_compress.conv2d": integer_conv2d,
     "tvm_compress.dense": integer_dense,

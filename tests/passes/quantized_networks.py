@@ -147,3 +147,23 @@ def residual(seed: int = 0, gamma: np.ndarray | None = None) -> IRModule:
         return net.dense(net.emit(relax.op.mean(x, axis=[1, 2])), "fc", 5)
 
     return Net((1, 3, 8, 8), seed).module(build)
+
+
+def average_pool(net: Net, x, window: int, stride: int, padding: int = 0, **attrs):
+    """Average pooling that counts the padding, as torch's does, unless `attrs` say otherwise."""
+    attrs = {"count_include_pad": True, "layout": "NHWC"} | attrs
+    return net.emit(relax.op.nn.avg_pool2d(x, [window] * 2, [stride] * 2, [padding] * 4, **attrs))
+
+
+def pooling(seed: int = 0) -> IRModule:
+    """Average pooling of a table's integers, with padding beside a concatenation, and of all that is left."""
+
+    def build(net: Net, x):
+        x = average_pool(net, net.emit(relax.op.nn.silu(net.conv(x, "a", 6, bias=True))), 2, 2)
+        x = net.emit(relax.op.nn.relu(net.batch_norm(net.conv(x, "b", 12), "bn")))
+        y = average_pool(net, x, 3, 1, 1)
+        x = net.conv(net.emit(relax.op.concat([net.conv(x, "c", 4), y], axis=3)), "d", 8)
+        x = net.emit(relax.op.nn.batch_flatten(average_pool(net, x, 4, 4)))
+        return net.dense(x, "fc", 5)
+
+    return Net((1, 3, 8, 8), seed).module(build)

@@ -6,9 +6,11 @@ from tvm import relax
 
 from tests.passes.numpy_interpreter import run
 from tests.passes.quantized_networks import Net, residual, sequential
+from tvm_compress.calibration import calibrate
 from tvm_compress.errors import ModelError
 from tvm_compress.passes.equalize_channels import EqualizeChannels, find_pairs
 from tvm_compress.passes.params import get_params, set_params, with_stage
+from tvm_compress.twin import Twin
 
 
 def spread(values, by=3.0, seed=7):
@@ -62,6 +64,23 @@ def test_the_function_stays_and_the_ranges_become_equal(make, shape, chains):
         np.maximum.at(theirs, pair.channels, grouped.max(axis=1).reshape(-1))
         np.testing.assert_allclose(mine, theirs, rtol=1e-3)
         assert mine.max() / mine.min() < old[pair.first].max(axis=1).max() / old[pair.first].max(axis=1).min()
+
+
+def test_the_other_tensors_of_a_resnet_keep_their_ranges():
+    """Only what stands inside of the pairs is scaled, channel by channel by what the batch norm says."""
+    before = unequal(residual())
+    after = EqualizeChannels()(before)
+    x = np.random.default_rng(1).normal(size=(16, 3, 8, 8)).astype(np.float32)
+    old, new = (Twin(module).site_inputs(x) for module in (before, after))
+    params, changed = get_params(before), get_params(after)
+    inside = {"a.conv2": "a.bn1", "b.conv2": "b.bn1"}
+    for site, norm in inside.items():
+        factor = changed[f"{norm}.weight"] / params[f"{norm}.weight"]
+        assert not np.allclose(factor, 1, rtol=0.1)
+        np.testing.assert_allclose(new[site], old[site] * factor, rtol=1e-4, atol=1e-5 * new[site].max())
+    ranges = [calibrate(module, x, "minmax") for module in (before, after)]
+    for site in set(old) - set(inside):
+        np.testing.assert_allclose(ranges[1].range(site, 8), ranges[0].range(site, 8), rtol=1e-4)
 
 
 def test_only_what_must_change_changes():

@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from tests.passes.numpy_interpreter import calls, operators
-from tests.passes.quantized_networks import INT8, Net, Ranges, bits, policy
+from tests.passes.quantized_networks import INT8, Net, Ranges, bits, policy, pooling
 from tests.passes.torch_networks import Gated, example
 from tests.tvm_compress.twin_networks import Build
 from tvm_compress.calibration import calibrate
@@ -171,6 +171,21 @@ def test_a_gated_network_is_all_integers_and_as_compiled(gate):
     assert names[-1] == "tvm_compress.dequantize"
     assert not {"tvm_compress.quantize", "tvm_compress.dequantize", "mean", "divide"} & set(names[1:-1])
     assert len(calls(integer, "tvm_compress.conv2d")) == 7
+    expected = Twin(integer).predict(x)
+    np.testing.assert_allclose(expected, Twin(qdq).predict(x), atol=0.05 * np.abs(expected).max())
+    assert_compiled(integer, x, expected)
+
+
+def test_average_pooling_is_all_integers_and_as_compiled():
+    module = pooling()
+    x = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    sites = dict.fromkeys((call.name for call in site_calls(module["main"])), INT8)
+    qdq = compress(module, CompressionPolicy(sites=sites), calibration=calibrate(module, x))
+    integer = RealizeInteger()(qdq)
+    names = operators(integer)
+    assert names.count("tvm_compress.window_sum") == 3
+    assert names.count("tvm_compress.quantize") == names.count("tvm_compress.dequantize") == 1
+    assert not {"nn.avg_pool2d", "nn.silu"} & set(names)
     expected = Twin(integer).predict(x)
     np.testing.assert_allclose(expected, Twin(qdq).predict(x), atol=0.05 * np.abs(expected).max())
     assert_compiled(integer, x, expected)

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from tests.passes.quantized_networks import Net, residual, sequential
+from tests.passes.quantized_networks import Net, average_pool, residual, sequential
 from tvm_compress.passes.annotate_quantization import site_calls
-from tvm_compress.passes.graph import definitions, operator
-from tvm_compress.passes.integer_points import find_integer_points, needed_points
+from tvm_compress.passes.graph import bindings, definitions, operator
+from tvm_compress.passes.integer_points import (
+    find_integer_points,
+    needed_points,
+    sums_whole_windows,
+)
 
 GATED = [
     "stem.0.output",
@@ -98,3 +102,26 @@ def test_a_name_that_a_site_has_is_not_taken():
         return net.conv(x, "a.output", 4)
 
     assert one(build) == ["a.output_2"]
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "padding", "attrs", "expected"),
+    [
+        (2, 2, 0, {}, True),
+        (3, 1, 1, {}, True),
+        (3, 1, 1, {"count_include_pad": False}, False),
+        (3, 1, 0, {"count_include_pad": False}, True),
+        # Windows over what is left at the end, and none.
+        (3, 2, 0, {"ceil_mode": True}, False),
+        (2, 2, 0, {"ceil_mode": True}, True),
+        (2, 2, 0, {"layout": "NCHW"}, False),
+        (2, 1, 0, {"dilation": [2, 2]}, False),
+    ],
+)
+def test_averages_of_which_integers_are_summed(window, stride, padding, attrs, expected):
+    def build(net, x):
+        return average_pool(net, x, window, stride, padding, **attrs)
+
+    function = Net((1, 8, 8, 8)).module(build)["main"]
+    (call,) = (value for _, value in bindings(function) if operator(value) == "relax.nn.avg_pool2d")
+    assert sums_whole_windows(call) is expected

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from tvm import relax
 
 from tests.passes.numpy_interpreter import calibrate, calls, operators, run, run_forced, site_inputs
-from tests.passes.quantized_networks import FP32, INT8, Net, Ranges, bits, policy, residual, sequential
+from tests.passes.quantized_networks import (
+    FP32,
+    INT8,
+    Net,
+    Ranges,
+    average_pool,
+    bits,
+    policy,
+    residual,
+    sequential,
+)
 from tvm_compress.errors import KernelError, ModelError
 from tvm_compress.passes.annotate_quantization import AnnotateQuantization, site_calls
 from tvm_compress.passes.insert_qdq import InsertQDQ
@@ -258,6 +268,33 @@ def test_average_of_a_stored_tensor_sums_its_integers():
     integer = assert_same_numbers(module, uniform(module, INT8))
     assert operators(integer).count("sum") == 2
     assert "mean" not in operators(integer)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    window=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    counted=st.booleans(),
+    stored=st.booleans(),
+)
+def test_average_pooling_sums_integers(window, stride, padding, counted, stored):
+    padding = min(padding, window // 2)
+
+    def build(n, x):
+        x = n.emit(relax.op.nn.relu(n.conv(x, "one", 6, bias=True)))
+        pooled = n.conv(average_pool(n, x, window, stride, padding, count_include_pad=counted), "two", 4)
+        # What another site reads too is integers before it is pooled.
+        y = n.emit(relax.op.mean(n.conv(x, "three", 4), axis=[1, 2])) if stored else None
+        pooled = n.emit(relax.op.mean(pooled, axis=[1, 2]))
+        return pooled if y is None else n.emit(relax.op.add(pooled, y))
+
+    module = net(build)
+    integer = assert_same_numbers(module, uniform(module, INT8))
+    # Where padding does not count, windows at the border have fewer numbers.
+    is_float = padding > 0 and not counted
+    assert ("nn.avg_pool2d" in operators(integer)) == is_float
+    assert ("tvm_compress.window_sum" in operators(integer)) != is_float
 
 
 def test_average_before_an_fp32_layer_and_as_the_result():

@@ -171,6 +171,19 @@ def test_means_and_integer_sums(shape, keepdims):
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3, 16, 37])
+@pytest.mark.parametrize(("strides", "padding"), [((2, 2), (0, 0, 0, 0)), ((1, 2), (1, 0, 2, 1))])
+def test_sums_over_windows(channels, strides, padding):
+    x = np.random.default_rng(0).integers(-(2**20), 2**20, (2, 7, 6, channels)).astype(np.int32)
+    window = dict(pool_size=[3, 2], strides=list(strides), padding=list(padding))
+    top, left, bottom, right = padding
+    wide = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(wide, (3, 2), axis=(1, 2))
+    expected = windows.sum((-1, -2))[:, :: strides[0], :: strides[1]]
+    found = run(unary(x.shape, "int32", lambda _, v: ops.call("window_sum", [v], **window)), x)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 16])
 def test_transpositions_softmax_and_chains(channels):
     rng = np.random.default_rng(0)

@@ -111,7 +111,7 @@ BiasCorrectionOption = Annotated[
     bool,
     typer.Option(
         "--bias-correction",
-        help="Put the channels' mean outputs right.",
+        help="Put the channels' mean outputs and their spread right.",
         rich_help_panel="Post-training quantization",
     ),
 ]

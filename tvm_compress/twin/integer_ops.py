@@ -156,12 +156,25 @@ def _dense(node: Node, _: BatchNormMode) -> TensorFunction:
     return dense
 
 
+def _window_sum(node: Node, _: BatchNormMode) -> TensorFunction:
+    top, left, bottom, right = node.ints("padding")
+    window, strides = node.ints("pool_size"), node.ints("strides")
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        # float64 holds every sum of int32 that a window can have.
+        padded = F.pad(to_nchw(x).to(torch.float64), (left, right, top, bottom))
+        return to_nhwc(F.avg_pool2d(padded, window, strides, divisor_override=1)).to(torch.int32)
+
+    return add
+
+
 # `binarize` stands in QDQ modules: it is among the quantized operators.
 INTEGER_OPERATORS: dict[str, Build] = {
     PREFIX + "quantize": _quantize,
     PREFIX + "dequantize": _dequantize,
     PREFIX + "requantize": _requantize,
     PREFIX + "table": _table,
+    PREFIX + "window_sum": _window_sum,
     PREFIX + "conv2d": _conv2d,
     PREFIX + "dense": _dense,
 }
