@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import kernel_build
 import kernel_loops
+import kernel_stages
 import numpy as np
 import torch
 from figures import Figure, write_parts
@@ -236,6 +237,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "few-bits-x86": few_bits_x86,
     "few-bits-a72": few_bits_a72,
     "loops-a72": kernel_loops.part,
+    "stages-a72": kernel_stages.part,
     "build": kernel_build.part,
 }
 
