@@ -40,6 +40,8 @@ from tvm_compress.rpc.worker_session import WorkerSession
 
 Command = Callable[[Path], Sequence[str]]
 
+# By the emulator's names.
+_PROCESSOR = "cortex-a72"
 _COUNTS = "counts"
 
 
@@ -238,7 +240,7 @@ def worker_command(kit: EmulationKit, counting: bool) -> tuple[Command, dict[str
 
     def command(directory: Path) -> list[str]:
         plugin = ["-plugin", f"{kit.plugin},out={directory / _COUNTS}"] if counting else []
-        return [kit.qemu, "-cpu", "cortex-a72", "-L", str(SYSROOT), *plugin, str(kit.worker)]
+        return [kit.qemu, "-cpu", _PROCESSOR, "-L", str(SYSROOT), *plugin, str(kit.worker)]
 
     # Nothing of our own environment: what is meant for this machine's programs would reach the emulated one.
     environment = {"PATH": os.defpath, "LD_LIBRARY_PATH": str(kit.runtime), "TVM_NUM_THREADS": "1"}

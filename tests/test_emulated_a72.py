@@ -20,6 +20,7 @@ from tvm_compress.model import Model
 from tvm_compress.passes.pipeline import build, compress
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
 from tvm_compress.passes.sites import find_sites
+from tvm_compress.rpc import emulated_a72
 from tvm_compress.rpc.cross_compile import export_fcompile
 from tvm_compress.rpc.device import open_device
 from tvm_compress.rpc.emulated_a72 import EmulatedA72
@@ -72,7 +73,15 @@ def expected(site: tuple[Any, ...], x: np.ndarray, w: np.ndarray, b: np.ndarray)
     return reference.conv2d(x, w, b, **geometry)
 
 
-def test_every_kind_of_integer_kernel_is_exact(tmp_path: Path) -> None:
+# (target, emulated processor): the second has dot products (sdot), as the Raspberry Pi 5 does.
+PROCESSORS = [(RPI4, "cortex-a72"), ("llvm -mcpu=cortex-a76 -mtriple=aarch64-linux-gnu", "max")]
+
+
+@pytest.mark.parametrize(("target_text", "processor"), PROCESSORS)
+def test_every_kind_of_integer_kernel_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target_text: str, processor: str
+) -> None:
+    monkeypatch.setattr(emulated_a72, "_PROCESSOR", processor)
     rng = np.random.default_rng(1)
     values = [operands(site, rng) for site in SITES]
     bb = relax.BlockBuilder()
@@ -94,7 +103,7 @@ def test_every_kind_of_integer_kernel_is_exact(tmp_path: Path) -> None:
             ]
             result = bb.emit_output(relax.Tuple(outputs))
         bb.emit_func_output(result)
-    target = parse_target(RPI4)
+    target = parse_target(target_text)
     executable = relax.build(lower_to_kernels(bb.get(), target), target=target)
     executable.export_library(str(tmp_path / "k.so"), fcompile=export_fcompile("aarch64-linux-gnu"))
     with open_device("emulated-a72").open() as session:

@@ -77,6 +77,10 @@ _VNNI = Dot("tvm_compress.dot_vnni", 16, 4, "uint8", "int8", (16, 4), registers=
 _NEON = Dot(
     "tvm_compress.dot_neon", 4, 4, "int8", "int8", (2, 4, 2), registers=16, vector_cost=0.5, uint8_offset=-128
 )
+# Half of the 32 registers hide the latency of the accumulation on all cores that have it.
+_SDOT = Dot(
+    "tvm_compress.dot_sdot", 4, 4, "int8", "int8", (4, 4), registers=16, vector_cost=0.5, uint8_offset=-128
+)
 
 # Of int16 by int16, for sums that wrap around (Winograd's).
 _WRAPPING = {
@@ -85,7 +89,7 @@ _WRAPPING = {
     4: Dot("tvm_compress.dot_sse2_wrapping", 4, 2, "int16", "int16", (4, 2), 8, sum_dtype="uint32"),
 }
 
-_BY_ISA = {"avx512vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2, "x86": _SSE2}
+_BY_ISA = {"avx512vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2, "x86": _SSE2, "neon_dot": _SDOT}
 _MULTIPLY_PAIRS = {
     8: "llvm.x86.avx2.pmadd.wd",
     4: "llvm.x86.sse2.pmadd.wd",
@@ -118,6 +122,8 @@ def register_dot(dot: Dot) -> None:
     make: Callable[[Dot], tuple] = _pairs
     if dot is _VNNI:
         make = _vnni
+    elif dot is _SDOT:
+        make = _sdot
     elif dot is _NEON:
         make = _neon
     TensorIntrin.register(dot.name, *make(dot), override=True)
@@ -190,6 +196,30 @@ def _vnni(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
                 ),
                 B.vload([0, 0], dtype="int8x64"),
                 dtype="int32x16",
+            )
+
+    return _desc(dot), impl
+
+
+def _sdot(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
+    """Multiply four int8 by four int8 and accumulate their sum: sdot, which Arm has from v8.2 on."""
+
+    @T.prim_func(s_tir=True)
+    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (4,), "int8", offset_factor=1)
+        B = T.match_buffer(b, (4, 4), "int8", offset_factor=1)
+        C = T.match_buffer(c, (4,), "int32", offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(C[0:4], A[0:4], B[0:4, 0:4])
+            T.writes(C[0:4])
+            C[T.ramp(T.int32(0), 1, 4)] = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sdot.v4i32.v16i8"),
+                C.vload([0], "int32x4"),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(A.vload([0], "int8x4"), dtype="int32"), 4), dtype="int8x16"
+                ),
+                B.vload([0, 0], dtype="int8x16"),
+                dtype="int32x4",
             )
 
     return _desc(dot), impl

@@ -18,6 +18,7 @@ from tvm_compress.schedules.target_rules import parse_target
 
 HOST = "host"
 A72 = "raspberry-pi/4b-aarch64"
+A76 = "llvm -mcpu=cortex-a76 -mtriple=aarch64-linux-gnu"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,10 +167,11 @@ def test_the_epilogue_is_fused_and_sums_stay_local(channels: int) -> None:
         ("llvm -mcpu=haswell", ["vpmaddwd"]),
         ("llvm -mcpu=skylake-avx512", ["vpmaddwd", "zmm"]),
         ("llvm -mcpu=cascadelake", ["vpdpbusd"]),
+        (A76, ["sdot"]),
     ],
 )
 def test_the_dot_product_of_the_target_is_used(target: str, instructions: list[str]) -> None:
-    triple = "" if target == A72 else " -mtriple=x86_64-unknown-linux-gnu"
+    triple = "" if target in (A72, A76) else " -mtriple=x86_64-unknown-linux-gnu"
     x, w, b = random_site(np.random.default_rng(0), (1, 6, 6, 16), (64, 16, 3, 3))
     text = assembly(make_site(x, w, b), target + triple)
     assert all(instruction in text for instruction in instructions)
