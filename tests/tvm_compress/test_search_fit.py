@@ -94,6 +94,24 @@ def test_widening_goes_by_what_the_whole_network_takes() -> None:
     assert BudgetFit(NETWORK, RULES, Surprise(NETWORK), settings).widen(late) == late
 
 
+def test_what_was_widened_too_far_keeps_some_of_it() -> None:
+    class Steep(FormulaEvaluator):
+        """Whole networks whose latency grows faster than that of their kernels."""
+
+        def evaluate(self, policy: CompressionPolicy, episode: int) -> EpisodeResult:
+            result = super().evaluate(policy, episode)
+            return dataclasses.replace(result, ratio=result.ratio + 0.6 * max(0.0, result.ratio - low))
+
+        def ratio(self, policy: CompressionPolicy) -> float:
+            return super().evaluate(policy, 0).ratio
+
+    cut = trial(stem=8, conv1=8, conv2=16, down=16)
+    low = cut.result.ratio
+    settings = SearchSettings(budget=low + 0.4)
+    wide = BudgetFit(NETWORK, RULES, Steep(NETWORK), settings).widen(cut)
+    assert low < wide.result.ratio <= settings.budget * 1.02
+
+
 def test_a_budget_out_of_reach_ends() -> None:
     evaluator = FormulaEvaluator(NETWORK)
     narrow = fit(trial(), 0.01, evaluator=evaluator)

@@ -149,20 +149,33 @@ class BudgetFit:
     def widen(self, trial: Trial) -> Trial:
         """Give channels back while the budget lasts, step by step: first what costs the most divergence.
 
-        What is not within the budget after all, once it is measured, stays as it was.
+        What misses the budget after all, once it is measured, gets less back in another round, and in the end
+        nothing.
         """
-        policy, full = trial.policy, set[str]()
-        budget = self._settings.budget * self._evaluator.ratio(policy) / trial.result.ratio
+        measured, summed = trial.result.ratio, self._evaluator.ratio(trial.policy)
+        for _ in range(ROUNDS):
+            policy, summed = self._widened(trial.policy, summed, self._settings.budget * summed / measured)
+            if policy == trial.policy:
+                break
+            wide = self._judged(trial, policy)
+            if meets_budget(wide.result.ratio, self._settings.budget):
+                return wide
+            measured = wide.result.ratio
+        return trial
+
+    def _widened(
+        self, policy: CompressionPolicy, ratio: float, budget: float
+    ) -> tuple[CompressionPolicy, float]:
+        """Give back as many channels as a budget allows; the ratio that is left is given too."""
+        full = set[str]()
         while options := [step for step in self._steps(policy, wider=True) if step.group not in full]:
             step = max(options, key=lambda one: (one.price, one.group))
-            if self._evaluator.ratio(step.policy) <= budget:
-                policy = step.policy
+            wider = self._evaluator.ratio(step.policy)
+            if wider <= budget:
+                policy, ratio = step.policy, wider
             else:
                 full.add(step.group)
-        if policy == trial.policy:
-            return trial
-        wide = self._judged(trial, policy)
-        return wide if meets_budget(wide.result.ratio, self._settings.budget) else trial
+        return policy, ratio
 
     def _narrowed(
         self, policy: CompressionPolicy, ratio: float, budget: float
