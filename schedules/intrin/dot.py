@@ -95,6 +95,10 @@ _MULTIPLY_PAIRS = {
     4: "llvm.x86.sse2.pmadd.wd",
     16: "llvm.x86.avx512.pmaddw.d.512",
 }
+_MULTIPLY_QUADS = {
+    _VNNI.name: "llvm.x86.avx512.vpdpbusd.512",
+    _SDOT.name: "llvm.aarch64.neon.sdot.v4i32.v16i8",
+}
 
 
 def dot_for(isa: str) -> Dot:
@@ -120,10 +124,8 @@ def wrapping_dot_for(isa: str) -> Dot | None:
 def register_dot(dot: Dot) -> None:
     """Make a dot product known to `Schedule.tensorize`; any further call does nothing."""
     make: Callable[[Dot], tuple] = _pairs
-    if dot is _VNNI:
-        make = _vnni
-    elif dot is _SDOT:
-        make = _sdot
+    if dot.name in _MULTIPLY_QUADS:
+        make = _quads
     elif dot is _NEON:
         make = _neon
     TensorIntrin.register(dot.name, *make(dot), override=True)
@@ -177,49 +179,28 @@ def _pairs(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
     return _desc(dot), impl
 
 
-def _vnni(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
-    """Multiply four uint8 by four int8 and accumulate their sum: vpdpbusd, which does not saturate."""
+def _quads(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
+    """Multiply four bytes by four and accumulate the sum, exactly: vpdpbusd, or sdot on Arm."""
+    lanes, data_dtype, instruction = dot.lanes, dot.data_dtype, _MULTIPLY_QUADS[dot.name]
+    loaded, result = f"{data_dtype}x4", f"int32x{lanes}"
+    wide, weights = f"{data_dtype}x{4 * lanes}", f"int8x{4 * lanes}"
 
     @T.prim_func(s_tir=True)
     def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (4,), "uint8", offset_factor=1)
-        B = T.match_buffer(b, (16, 4), "int8", offset_factor=1)
-        C = T.match_buffer(c, (16,), "int32", offset_factor=1, scope="local")
+        A = T.match_buffer(a, (4,), data_dtype, offset_factor=1)
+        B = T.match_buffer(b, (lanes, 4), "int8", offset_factor=1)
+        C = T.match_buffer(c, (lanes,), "int32", offset_factor=1, scope="local")
         with T.sblock("root"):
-            T.reads(C[0:16], A[0:4], B[0:16, 0:4])
-            T.writes(C[0:16])
-            C[T.ramp(T.int32(0), 1, 16)] = T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512"),
-                C.vload([0], "int32x16"),
+            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes])
+            C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id(instruction),
+                C.vload([0], result),
                 T.reinterpret(
-                    T.broadcast(T.reinterpret(A.vload([0], "uint8x4"), dtype="int32"), 16), dtype="uint8x64"
+                    T.broadcast(T.reinterpret(A.vload([0], loaded), dtype="int32"), lanes), dtype=wide
                 ),
-                B.vload([0, 0], dtype="int8x64"),
-                dtype="int32x16",
-            )
-
-    return _desc(dot), impl
-
-
-def _sdot(dot: Dot) -> tuple[PrimFunc, PrimFunc]:
-    """Multiply four int8 by four int8 and accumulate their sum: sdot, which Arm has from v8.2 on."""
-
-    @T.prim_func(s_tir=True)
-    def impl(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (4,), "int8", offset_factor=1)
-        B = T.match_buffer(b, (4, 4), "int8", offset_factor=1)
-        C = T.match_buffer(c, (4,), "int32", offset_factor=1, scope="local")
-        with T.sblock("root"):
-            T.reads(C[0:4], A[0:4], B[0:4, 0:4])
-            T.writes(C[0:4])
-            C[T.ramp(T.int32(0), 1, 4)] = T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sdot.v4i32.v16i8"),
-                C.vload([0], "int32x4"),
-                T.reinterpret(
-                    T.broadcast(T.reinterpret(A.vload([0], "int8x4"), dtype="int32"), 4), dtype="int8x16"
-                ),
-                B.vload([0, 0], dtype="int8x16"),
-                dtype="int32x4",
+                B.vload([0, 0], dtype=weights),
+                dtype=result,
             )
 
     return _desc(dot), impl
