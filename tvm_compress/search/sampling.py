@@ -124,15 +124,13 @@ def _random_body(inputs: int, size: int, rng: np.random.Generator) -> tuple[list
         block = rng.choice(["plain", "residual", "inverted"], p=[0.4, 0.4, 0.2])
         if block == "plain":
             layers += _layer(width, wider, int(rng.choice([1, 3, 3, 5])), 1)
-            if stride == 2:
-                layers.append(nn.MaxPool2d(2))
-                size //= 2
+            layers += [nn.MaxPool2d(2)] if stride == 2 else []
+            size //= stride
+        elif block == "residual":
+            layers.append(_Residual(width, wider, stride))
+            size = -(-size // stride)
         else:
-            expansion = int(rng.choice([1, 3, 6]))
-            residual = block == "residual"
-            layers.append(
-                _Residual(width, wider, stride) if residual else _inverted(width, wider, stride, expansion)
-            )
+            layers.append(_inverted(width, wider, stride, int(rng.choice([1, 3, 6]))))
             size = -(-size // stride)
         width = wider
     return layers, width, size
@@ -167,7 +165,9 @@ def _inverted(inputs: int, outputs: int, stride: int, expansion: int) -> nn.Sequ
     alone = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
     return nn.Sequential(
         *([*_layer(inputs, wide, 1, 1)[:-1], nn.ReLU6()] if expansion > 1 else []),
-        *(alone, nn.BatchNorm2d(wide), nn.ReLU6()),
+        alone,
+        nn.BatchNorm2d(wide),
+        nn.ReLU6(),
         *_layer(wide, outputs, 1, 1)[:-1],
     )
 
