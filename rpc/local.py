@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +72,23 @@ class LocalSession(ClockSession):
                 f"At most {MOST_CANDIDATES} libraries can be measured interleaved, not {len(candidates)}.",
                 "Measure them in groups, each with the reference.",
             )
-        with contextlib.ExitStack() as workers:
+        # Side by side: starting takes a worker longer than a small network takes to be timed.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            starts = {name: pool.submit(self._start) for name in candidates}
 
-            def prepare(library: Path, inputs: Any) -> Callee:
-                worker = self._start()
-                workers.callback(worker.close)
-                program = Program(worker, Path(library), self.settings.timeout_s)
-                program.set_inputs(inputs)
-                return program
+        def prepare(name: str) -> Callee:
+            library, inputs = candidates[name]
+            program = Program(starts[name].result(), Path(library), self.settings.timeout_s)
+            program.set_inputs(inputs)
+            return program
 
-            timings = {
-                name: Timing(lambda c=candidate: prepare(*c), self.settings)  # type: ignore[misc]
-                for name, candidate in candidates.items()
-            }
+        try:
+            timings = {name: Timing(partial(prepare, name), self.settings) for name in candidates}
             return sample_in_rounds(timings, self.settings)
+        finally:
+            for start in starts.values():
+                if start.exception() is None:
+                    start.result().close()
 
 
 def worker_command(threads: int) -> tuple[list[str], dict[str, str]]:
