@@ -7,10 +7,12 @@ and branches count both ways: these are features of a model, not a simulation.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tvm
 from tvm import s_tir, tirx
+
+from tvm_compress.schedules.kernel import step_of
 
 #: What `executed` counts, in this order.
 NAMES = (
@@ -38,6 +40,7 @@ class _Loops:
     unrolled: int = 1
     lanes: int = 1
     trips: int = 1  # of the serial loops since the last one that holds several statements
+    vector: tirx.Var | None = None  # of the vectorised loop; within a block, the block's axis that it moves
 
     @property
     def runs(self) -> int:
@@ -46,10 +49,10 @@ class _Loops:
     def inside(self, loop: tirx.For) -> "_Loops":
         extent = int(loop.extent) if isinstance(loop.extent, tirx.IntImm) else 1
         if loop.kind == tirx.ForKind.VECTORIZED:
-            return _Loops(self.serial, self.unrolled, self.lanes * extent, self.trips)
+            return replace(self, lanes=self.lanes * extent, vector=loop.loop_var)
         if loop.kind == tirx.ForKind.UNROLLED:
-            return _Loops(self.serial, self.unrolled * extent, self.lanes, self.trips)
-        return _Loops(self.serial * extent, self.unrolled, self.lanes, self.trips * extent)
+            return replace(self, unrolled=self.unrolled * extent)
+        return replace(self, serial=self.serial * extent, trips=self.trips * extent)
 
 
 @dataclass
@@ -66,11 +69,11 @@ class _Counter:
             self.visit(stmt.body, inner, reduces)
         elif isinstance(stmt, tirx.SeqStmt):
             for part in stmt.seq:
-                self.visit(part, _Loops(loops.serial, loops.unrolled, loops.lanes), reduces)
+                self.visit(part, replace(loops, trips=1), reduces)
         elif isinstance(stmt, s_tir.SBlockRealize):
             if not _reduces(stmt.block):
                 self.found["divisions"] += loops.runs * sum(map(_divisions, stmt.iter_values))
-            self.visit(stmt.block, loops, reduces)
+            self.visit(stmt.block, replace(loops, vector=_moved_by(loops.vector, stmt)), reduces)
         elif isinstance(stmt, s_tir.SBlock):
             self._visit_block(stmt, loops)
         elif isinstance(stmt, tirx.IfThenElse):
@@ -98,6 +101,8 @@ class _Counter:
         if reduces:
             self.found["sum_trips"] = max(self.found["sum_trips"], float(loops.trips))
             self.found["sum_tile"] = max(self.found["sum_tile"], float(loops.unrolled))
+        elif loops.vector is not None and _is_scattered(store, loops.vector):
+            self.found["scalar_stores"] += loops.runs * lanes
         else:
             self.found[f"{kind}_stores"] += loops.runs * self._vectors(store.value, loops.lanes)
         self._count_values([store.value], loops, kind)
@@ -150,6 +155,19 @@ def executed_in(stmt: tirx.Stmt, vector_bits: int, runs: int = 1) -> dict[str, f
 
 def _reduces(block: s_tir.SBlock) -> bool:
     return any(axis.iter_type == tirx.IterVar.CommReduce for axis in block.iter_vars)
+
+
+def _moved_by(loop: tirx.Var | None, realize: s_tir.SBlockRealize) -> tirx.Var | None:
+    """Return the axis of a block that moves by 1 when a loop does, if there is one."""
+    if loop is None:
+        return None
+    pairs = zip(realize.block.iter_vars, realize.iter_values, strict=True)
+    return next((axis.var for axis, value in pairs if step_of((1,), (value,), loop) == 1), None)
+
+
+def _is_scattered(store: tirx.BufferStore, vector: tirx.Var) -> bool:
+    """Whether the values of a vector go to places apart from each other."""
+    return step_of(store.buffer.shape, store.indices, vector) not in (0, 1)
 
 
 def _choices(value: tirx.Expr) -> list[tirx.Expr]:

@@ -1,5 +1,6 @@
 """All but convolutions and dense layers: the dialect's element-wise operators, and schedules for the rest."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -227,12 +228,24 @@ def _per_channel(values: te.Tensor, indices: tuple[Any, ...]) -> Any:
 
 def schedule_plain(sch: s_tir.Schedule, rules: TargetRules) -> None:
     """Schedule a PrimFunc that holds no kernel: element-wise chains, padding, pools, sums, transpositions."""
+    unflatten(sch)
     inline_chains(sch)
     for block in kernel.child_blocks(sch):
         if _is_reduction(sch, block):
             _schedule_reduction(sch, block, rules)
         else:
             kernel.schedule_injective(sch, block, rules)
+
+
+def unflatten(sch: s_tir.Schedule) -> None:
+    """Let a chain that ends flat run over the axes that it began with: no vector crosses divisions."""
+    first, *rest = kernel.child_blocks(sch)
+    rank = len(sch.get(first).iter_vars)
+    if not rest or len(sch.get(rest[-1]).iter_vars) >= rank:
+        return
+    for block in reversed(rest):
+        with contextlib.suppress(s_tir.ScheduleError):
+            sch.reverse_compute_inline(block)
 
 
 def inline_chains(sch: s_tir.Schedule) -> None:

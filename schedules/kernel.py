@@ -245,6 +245,8 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
 
     Where every access is at the block's own position, all its loops become one, unless vectors would lie
     across two rows of the last axis; else the last axis is vectorised if every access is contiguous along it.
+    A transposition takes the last axis along which its reads are: it computes in vectors, and stores their
+    values one by one.
     """
     loops = list(sch.get_loops(block))
     if not loops:
@@ -266,6 +268,15 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
                 rest, several = sch.split(rest, [None, width])
                 sch.unroll(several)
             outer = [*outer, rest]
+    elif (axis := _axis_of_reads(sch, block, lanes)) is not None:
+        after = loops[axis + 1 :]
+        rest, vector = sch.split(loops[axis], [None, vector_factor(loop_extent(sch, loops[axis]), lanes)])
+        sch.reorder(rest, *after, vector)
+        sch.vectorize(vector)
+        if math.prod(loop_extent(sch, loop) for loop in after) <= _VECTORS_OF_A_ROW:
+            for loop in after:
+                sch.unroll(loop)
+        outer = [*loops[:axis], rest]
     else:
         outer = loops[:-1] or loops
     if outer:
@@ -279,7 +290,8 @@ def is_pointwise(sch: s_tir.Schedule, block: SBlockRV) -> bool:
     own = [it.var for it in stmt.iter_vars]
     shape = [int(it.dom.extent) for it in stmt.iter_vars]
     for extents, indices in _accesses(stmt):
-        if extents != shape or not all(index.same_as(var) for index, var in zip(indices, own, strict=True)):
+        own_shape = [int(extent) for extent in extents] == shape
+        if not own_shape or not all(i.same_as(var) for i, var in zip(indices, own, strict=True)):
             return False
     return True
 
@@ -287,28 +299,58 @@ def is_pointwise(sch: s_tir.Schedule, block: SBlockRV) -> bool:
 def is_contiguous(sch: s_tir.Schedule, block: SBlockRV, axis: int = -1) -> bool:
     """Whether each access of a block moves by 0 or 1 elements when the block's `axis` moves by 1."""
     stmt = sch.get(block)
-    last = stmt.iter_vars[axis].var
-    for extents, indices in _accesses(stmt):
-        address: Any = tirx.const(0, "int64")
-        for index, extent in zip(indices, extents, strict=True):
-            address = address * extent + index
-        linear = sym.detect_linear_equation(address, [last])
-        if not linear or not isinstance(linear[0], tirx.IntImm) or int(linear[0]) not in (0, 1):
-            return False
-    return True
+    return all(step in (0, 1) for step in _steps(_accesses(stmt), stmt.iter_vars[axis].var))
 
 
-def _accesses(stmt: tirx.Stmt) -> list[tuple[list[int], list[Any]]]:
-    """Return the buffer accesses of a block's body, each as the buffer's shape and the indices."""
-    found: list[tuple[list[int], list[Any]]] = []
+def _axis_of_reads(sch: s_tir.Schedule, block: SBlockRV, lanes: int) -> int | None:
+    """Return the last axis that divides into vectors and along which all reads are, whatever it writes."""
+    stmt = sch.get(block)
+    reads = _reads(stmt)
+    for axis in reversed(range(len(stmt.iter_vars))):
+        if vector_factor(int(stmt.iter_vars[axis].dom.extent), lanes) == 1:
+            continue
+        steps = _steps(reads, stmt.iter_vars[axis].var)
+        if 1 in steps and all(step in (0, 1) for step in steps):
+            return axis
+    return None
 
-    def load(node: tvm.ir.expr.TensorLoad) -> None:
-        found.append(([int(extent) for extent in node.source.ty.shape], list(node.indices)))
+
+# The buffer's shape and the indices.
+_Access = tuple[Sequence[Any], Sequence[Any]]
+
+
+def _steps(accesses: Sequence[_Access], var: tirx.Var) -> list[int | None]:
+    return [step_of(*access, var) for access in accesses]
+
+
+def step_of(shape: Sequence[Any], indices: Sequence[Any], var: tirx.Var) -> int | None:
+    """Return the elements that an access to a buffer moves by when `var` moves by 1; None if they differ."""
+    address: Any = tirx.const(0, "int64")
+    for index, extent in zip(indices, shape, strict=True):
+        address = address * extent + index
+    linear = sym.detect_linear_equation(address, [var])
+    return int(linear[0]) if linear and isinstance(linear[0], tirx.IntImm) else None
+
+
+def _accesses(stmt: tirx.Stmt) -> list[_Access]:
+    """Return the buffer accesses of a block's body."""
+    found = _reads(stmt)
 
     def store(node: tirx.BufferStore) -> None:
-        found.append(([int(extent) for extent in node.buffer.shape], list(node.indices)))
+        found.append((node.buffer.shape, node.indices))
 
-    tvm_ffi.structural_walk(stmt.body, [(tvm.ir.expr.TensorLoad, load), (tirx.BufferStore, store)])
+    tvm_ffi.structural_walk(stmt.body, [(tirx.BufferStore, store)])
+    return found
+
+
+def _reads(stmt: tirx.Stmt) -> list[_Access]:
+    """Return what a block's body reads."""
+    found: list[_Access] = []
+
+    def load(node: tvm.ir.expr.TensorLoad) -> None:
+        found.append((node.source.ty.shape, node.indices))
+
+    tvm_ffi.structural_walk(stmt.body, [(tvm.ir.expr.TensorLoad, load)])
     return found
 
 

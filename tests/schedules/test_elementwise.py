@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import apply, ops, reference
+from tvm_compress.schedules import apply, counts, ops, reference
 from tvm_compress.schedules.target_rules import parse_target
 
 
@@ -199,6 +199,29 @@ def test_transpositions_softmax_and_chains(channels):
     np.testing.assert_allclose(run(unary(x.shape, "float32", network), x), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.permutations([1, 2, 3]), st.tuples(*[st.sampled_from([1, 2, 3, 8, 15, 16, 33])] * 3), st.booleans())
+def test_transpositions_and_what_follows_are_exact(order, extents, flat):
+    attrs = dict(scale=0.5, zero_point=3, qmin=-128, qmax=127, dtype="int8")
+    x = np.random.default_rng(0).integers(-99, 99, (2, *extents)).astype(np.float32)
+
+    def network(builder, v):
+        v = builder.emit(relax.op.permute_dims(v, [0, *order]))
+        v = builder.emit(ops.call("quantize", [v], **attrs))
+        return relax.op.nn.batch_flatten(v) if flat else v
+
+    expected = np.clip(np.rint(x / 0.5) + 3, -128, 127).astype(np.int8).transpose(0, *order)
+    found = run(unary(x.shape, "float32", network), x)
+    np.testing.assert_array_equal(found, expected.reshape(found.shape))
+
+
+TRANSPOSITIONS = {
+    "none": ((1, 8, 8, 16), lambda _, v: v),
+    "an image": ((1, 3, 16, 16), lambda builder, v: builder.emit(relax.op.permute_dims(v, [0, 2, 3, 1]))),
+}
+
+
+@pytest.mark.parametrize("transposition", TRANSPOSITIONS)
 @pytest.mark.parametrize(
     ("target", "rounding"),
     [
@@ -206,10 +229,25 @@ def test_transpositions_softmax_and_chains(channels):
         ("raspberry-pi/4b-aarch64", "frint"),
     ],
 )
-def test_quantization_rounds_whole_vectors(target, rounding):
+def test_quantization_rounds_whole_vectors(target, rounding, transposition):
     attrs = dict(scale=0.025, zero_point=3, qmin=-128, qmax=127, dtype="int8")
-    module = unary((1, 8, 8, 16), "float32", lambda _, v: ops.call("quantize", [v], **attrs))
+    shape, before = TRANSPOSITIONS[transposition]
+    module = unary(shape, "float32", lambda b, v: ops.call("quantize", [before(b, v)], **attrs))
     assembly = build(module, parse_target(target)).mod.imports[0].inspect_source("asm")
     lines = [line for line in assembly.splitlines() if rounding in line]
     assert lines
     assert all("ymm" in line or ".4s" in line for line in lines)
+
+
+def test_flattening_channels_runs_in_vectors():
+    def network(builder, v):
+        v = builder.emit(relax.op.permute_dims(v, [0, 3, 1, 2]))
+        return relax.op.nn.batch_flatten(v)
+
+    lowered = apply.lower_to_kernels(unary((1, 4, 4, 64), "int8", network), parse_target("host"))
+    (kernel,) = [func for func in lowered.functions.values() if isinstance(func, tirx.PrimFunc)]
+    counted = counts.executed(kernel, 128)
+    assert counted["vector_loads"] == 4 * 4 * 64 / 16
+    # Their places in the output lie apart.
+    assert counted["scalar_stores"] == 4 * 4 * 64
+    assert counted["scalar_loads"] == counted["divisions"] == 0
