@@ -206,6 +206,8 @@ def parallelize(sch: s_tir.Schedule, loop: LoopRV, rules: TargetRules, work: int
 
 # Most vectors of the last axis that are unrolled.
 _VECTORS_OF_A_ROW = 8
+# Up to so many channels LLVM computes in vectors by itself, and stores them interleaved (`st3`).
+_INTERLEAVED = 4
 # Tells TVM's LoopPartition to cut a loop where a predicate of its body stops to hold, so that all whole
 # vectors lose the predicate (a predicate inside of a vector makes it scalar).
 _CUT = "pragma_loop_partition_hint"
@@ -245,8 +247,8 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
 
     Where every access is at the block's own position, all its loops become one, unless vectors would lie
     across two rows of the last axis; else the last axis is vectorised if every access is contiguous along it.
-    A transposition takes the last axis along which its reads are: it computes in vectors, and stores their
-    values one by one.
+    A transposition takes the last axis along which its reads are: it reads vectors, and stores their values
+    one by one.
     """
     loops = list(sch.get_loops(block))
     if not loops:
@@ -273,9 +275,6 @@ def schedule_injective(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules,
         rest, vector = sch.split(loops[axis], [None, vector_factor(loop_extent(sch, loops[axis]), lanes)])
         sch.reorder(rest, *after, vector)
         sch.vectorize(vector)
-        if math.prod(loop_extent(sch, loop) for loop in after) <= _VECTORS_OF_A_ROW:
-            for loop in after:
-                sch.unroll(loop)
         outer = [*loops[:axis], rest]
     else:
         outer = loops[:-1] or loops
@@ -311,7 +310,8 @@ def _axis_of_reads(sch: s_tir.Schedule, block: SBlockRV, lanes: int) -> int | No
             continue
         steps = _steps(reads, stmt.iter_vars[axis].var)
         if 1 in steps and all(step in (0, 1) for step in steps):
-            return axis
+            behind = math.prod(int(it.dom.extent) for it in stmt.iter_vars[axis + 1 :])
+            return axis if axis < len(stmt.iter_vars) - 2 or behind > _INTERLEAVED else None
     return None
 
 
