@@ -153,6 +153,30 @@ def sample() -> Model:
     return load_sample("resnet8-fashion")
 
 
+def test_quantization_divides_as_a_division_does(tmp_path: Path) -> None:
+    """Without a division: next to every step of the result, beyond the range, and at the largest floats."""
+    scale = np.float32(0.0235)
+    steps = np.concatenate([(np.arange(-131, 132) + 0.5) * scale, [0.0, 1e30, -1e30]]).astype(np.float32)
+    bits = steps.view(np.int32)[:, None] + np.arange(-3, 4, dtype=np.int32)
+    x = np.append(bits.view(np.float32).ravel(), [np.inf, -np.inf]).astype(np.float32)
+    x = x[~np.isnan(x)][None]
+    attrs = dict(scale=float(scale), zero_point=3, qmin=-128, qmax=127, dtype="int8")
+    builder = relax.BlockBuilder()
+    v = relax.Var("x", relax.TensorType(x.shape, "float32"))
+    with builder.function("main", [v]):
+        with builder.dataflow():
+            out = builder.emit_output(ops.call("quantize", [v], **attrs))
+        builder.emit_func_output(out)
+    target = parse_target(RPI4)
+    executable = relax.build(lower_to_kernels(builder.get(), target), target=target)
+    assert "fdiv" not in executable.mod.imports[0].inspect_source("asm")
+    library = tmp_path / "quantize.so"
+    executable.export_library(str(library), fcompile=export_fcompile(str(target.attrs["mtriple"])))
+    with EmulatedA72().open() as session:
+        (found,) = session.run(library, [x])
+    np.testing.assert_array_equal(found, np.clip(np.rint(x / scale) + 3, -128, 127).astype(np.int8))
+
+
 @pytest.mark.parametrize(("bits", "ratio"), [(8, 0.25), (4, 0.0), (1, 0.5)])
 def test_networks_compute_the_twins_integers(sample: Model, tmp_path: Path, bits: int, ratio: float) -> None:
     """The same logits to the bit from the twin, the host's library and the emulated board's."""

@@ -4,9 +4,9 @@ usage: python scripts/bench/kernel_table.py [--device DEVICE] [--only TABLE ...]
                                             [--output FILE]
 
 The table goes to tvm_compress/schedules/tables/ISA.json, for the instruction set of the device's target. On
-this machine a cost is the fastest of the samples, in seconds. On the emulated Cortex-A72 it is the larger of
-compute and memory cycles, as everywhere, with the weights coming from memory, as they do in a network whose
-other layers need the caches.
+this machine a cost is the fastest of the samples, in seconds, with the weights coming from the last cache. On
+the emulated Cortex-A72 it is the larger of compute and memory cycles, as everywhere, with the weights coming
+from memory. So they do in a network whose other layers need the caches.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from tvm_compress.schedules.winograd_algorithm import ALGORITHMS, INTEGER_ALGORI
 
 TARGETS = {"local": "host", "emulated-a72": "raspberry-pi/4b-aarch64"}
 LINE_BYTES = 64
+# Bytes that are walked before each call on this machine: more than a core's second cache, less than the last.
+FLUSH = 4 << 20
 # Height (and width) of the output, and channels (in, out).
 SHAPES = [
     *((4, ins, outs) for ins, outs in ((64, 64), (128, 128), (256, 256), (512, 512))),
@@ -158,7 +160,9 @@ def main() -> None:
     tables: dict[str, list[dict[str, Any]]] = {}
     if path.exists():
         tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
-    settings = MeasurementSettings(warmup=2, repeat=15 if arguments.device == "local" else 1, min_repeat_ms=4)
+    settings = MeasurementSettings(repeat=1)
+    if arguments.device == "local":
+        settings = MeasurementSettings(warmup=2, number=5, repeat=15, cache_flush=FLUSH)
     for name in arguments.only:
         operator, stride, shapes = TABLES[name]
         rows = tables[name] = tables.get(name, []) if arguments.resume else []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tvm import relax, tirx
 
 from tvm_compress.errors import KernelError
-from tvm_compress.schedules import apply, counts, ops, reference
+from tvm_compress.schedules import apply, counts, elementwise, ops, reference
 from tvm_compress.schedules.target_rules import parse_target
 
 
@@ -243,3 +243,25 @@ def test_flattening_channels_runs_in_vectors():
     # Their places in the output lie apart.
     assert counted["scalar_stores"] == 4 * 4 * 64
     assert counted["scalar_loads"] == counted["divisions"] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(2**-20, 1024, width=32), st.integers(0, 2**32 - 1))
+def test_a_scale_whose_reciprocal_is_exact_quantizes_alike(scale, seed):
+    scale = np.float32(scale)
+    if not elementwise.reciprocal_is_exact(float(scale), -128, 127):
+        return
+    x = (np.random.default_rng(seed).uniform(-130, 130, 4096) * scale).astype(np.float32)
+    inverse = np.float64(np.float32(1) / scale)
+    quotient = x * np.float32(inverse)
+    rest = (x - quotient * np.float64(scale)).astype(np.float32)
+    corrected = (rest * inverse + quotient).astype(np.float32)
+    np.testing.assert_array_equal(np.rint(corrected), np.rint(x / scale))
+
+
+def test_scales_without_an_exact_reciprocal_are_divided_by():
+    # All bits of the fraction are ones: there the correction may fail (Markstein 1990).
+    assert not elementwise.reciprocal_is_exact(float(np.nextafter(np.float32(2), np.float32(0))), -255, 255)
+    # What is left over would vanish.
+    assert not elementwise.reciprocal_is_exact(1e-38, -128, 127)
+    assert elementwise.reciprocal_is_exact(0.0235, -128, 127)
