@@ -125,7 +125,7 @@ def demo(
         str, typer.Option(help="Name or directory of the study; the same again resumes it.")
     ] = "demo",
     episodes: Annotated[int, typer.Option(help="Policies to try.")] = 16,
-    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.62,
+    budget: Annotated[float, typer.Option(help="Latency to reach, as a share of the dense model's.")] = 0.57,
     seed: SeedOption = 0,
     threads: ThreadsOption = DEFAULTS.threads,
     studies: StudiesOption = Path("runs"),
