@@ -26,6 +26,9 @@ NAMES = (
     "scalar_ops",
     "scalar_loads",
     "scalar_stores",
+    "casts",  # among the operations of both: conversions, products and quotients, in vectors
+    "products",
+    "quotients",
     "iterations",  # of loops that are not unrolled
     "divisions",  # of positions, in statements that are no sums
     "workspace_bytes",
@@ -124,7 +127,10 @@ class _Counter:
                 continue
             parts = _operands(value)
             if parts:
+                vectors = max(self._vectors(part, loops.lanes) for part in (value, *parts[:1]))
                 self.found[f"{kind}_ops"] += runs * self._vectors(value, loops.lanes)
+                if kind != "sum" and (special := _SPECIAL.get(type(value))):
+                    self.found[special] += runs * vectors
                 pending += parts
 
     def _vectors(self, value: tirx.Expr, lanes: int) -> int:
@@ -188,6 +194,8 @@ def _divisions(value: tirx.Expr) -> int:
     return here + sum(map(_divisions, _operands(value)))
 
 
+# Operations that take longer than others.
+_SPECIAL = {tirx.Cast: "casts", tirx.Mul: "products", tirx.Div: "quotients"}
 # Attributes that hold what an operation works on, by kind of expression.
 _OPERANDS = (("a", "b"), ("condition", "true_value", "false_value"), ("value",), ("args",), ("vectors",))
 

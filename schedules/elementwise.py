@@ -1,6 +1,7 @@
 """All but convolutions and dense layers: the dialect's element-wise operators, and schedules for the rest."""
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,6 +17,8 @@ from tvm_compress.schedules.target_rules import TargetRules
 
 # Vectors that a reduction accumulates at once: hides the latency of the addition.
 _REDUCTION_VECTORS = 4
+# Positions of a window up to which its loops are unrolled.
+_UNROLLED_WINDOW = 16
 
 
 @cache
@@ -322,9 +325,8 @@ def _schedule_reduction(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules
         return
     *outer, channels = kept
     extent = kernel.loop_extent(sch, channels)
-    lanes = rules.fp32_lanes
-    if extent < lanes:
-        lanes = kernel.vector_factor(extent, lanes)
+    value = tvm.DataType(str(sch.get(block).writes[0].source.ty.dtype))
+    lanes = kernel.vector_width(extent, rules.vector_bits // int(value.bits))
     vectors = next(v for v in range(_REDUCTION_VECTORS, 0, -1) if v == 1 or extent % (v * lanes) == 0)
     rest, several, vector = sch.split(channels, [None, vectors, lanes])
     sch.reorder(*outer, rest, *reduced, several, vector)
@@ -341,5 +343,8 @@ def _schedule_reduction(sch: s_tir.Schedule, block: SBlockRV, rules: TargetRules
         sch.unroll(loop)
     if outer:
         kernel.parallelize(sch, sch.fuse(*outer), rules, work, kernel.MIN_PARALLEL_ELEMENTS)
+    if math.prod(kernel.loop_extent(sch, loop) for loop in reduced) <= _UNROLLED_WINDOW:
+        for loop in reduced:
+            sch.unroll(loop)
     if reduced:
         sch.decompose_reduction(block, reduced[0])

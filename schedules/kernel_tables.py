@@ -13,6 +13,9 @@ from typing import Any
 
 _FOLDER = Path(__file__).parent / "tables"
 
+# Whose fp32 kernels are the same as another target's, by which their table is.
+_SAME_FP32 = {"avx512": "avx512vnni"}
+
 # A measured shape: its extents, and what each kernel costs, all in one unit.
 Row = Mapping[str, Any]
 
@@ -37,6 +40,8 @@ def load_rows(isa: str, operator: str) -> Sequence[Row]:
     -------
     Rows of the extents "H", "W" (of the output), "IC", "OC", and "costs" by kernel.
     """
+    if operator.startswith("conv2d_fp32"):
+        isa = _SAME_FP32.get(isa, isa)
     path = _FOLDER / f"{isa}.json"
     if not path.is_file():
         return ()

@@ -55,6 +55,7 @@ def test_vectors_count_by_the_targets_width():
         "vector_ops": 4 * 2 * 2,
         "vector_loads": 4 * 2,
         "vector_stores": 4 * 2,
+        "products": 4 * 2,
         "iterations": 4,
     }
     assert counted(pointwise, 128)["vector_ops"] == 4 * 2 * 4

@@ -137,7 +137,7 @@ def test_a_shift_beyond_64_bits_is_refused():
         apply.lower_to_kernels(module, parse_target("host"))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 37])
+@pytest.mark.parametrize("channels", [1, 3, 16, 24, 37, 112])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_pools_are_torchs(channels, dtype):
     rng = np.random.default_rng(0)
@@ -265,3 +265,14 @@ def test_scales_without_an_exact_reciprocal_are_divided_by():
     # What is left over would vanish.
     assert not elementwise.reciprocal_is_exact(1e-38, -128, 127)
     assert elementwise.reciprocal_is_exact(0.0235, -128, 127)
+
+
+def test_pooling_bytes_compares_whole_vectors_of_them():
+    def network(_, v):
+        return relax.op.nn.max_pool2d(v, (2, 2), (2, 2), layout="NHWC")
+
+    module = unary((1, 8, 8, 32), "int8", network)
+    assembly = build(module, parse_target("raspberry-pi/4b-aarch64")).mod.imports[0].inspect_source("asm")
+    lines = [line for line in assembly.splitlines() if "smax" in line]
+    assert lines
+    assert all(".16b" in line for line in lines)

@@ -328,8 +328,20 @@ def test_rows_of_the_last_stage_are_shared_where_threads_get_about_as_many(rows:
     assert shares_rows(replace(rules, threads=1), rows)
 
 
+X86 = "llvm -mcpu={} -mtriple=x86_64-linux-gnu"
+
+
 @pytest.mark.parametrize(
-    ("name", "stride"), [(RPI4, 1), (RPI4, 2), ("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu", 1)]
+    ("name", "stride"),
+    [
+        (RPI4, 1),
+        (RPI4, 2),
+        (X86.format("haswell"), 1),
+        (X86.format("cascadelake"), 1),
+        (X86.format("cascadelake"), 2),
+        # Without VNNI: its fp32 kernels are the same.
+        (X86.format("skylake-avx512"), 1),
+    ],
 )
 def test_the_tables_choose_what_was_measured_as_fastest(name: str, stride: int) -> None:
     rules = rules_for(parse_target(name))

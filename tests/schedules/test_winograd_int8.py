@@ -325,7 +325,10 @@ def test_the_a72_multiplies_and_adds_in_one_instruction() -> None:
     assert "smlal\tv0.4s" in text
 
 
-@pytest.mark.parametrize("name", [A72, "llvm -mcpu=haswell -mtriple=x86_64-linux-gnu"])
+X86 = "llvm -mcpu={} -mtriple=x86_64-linux-gnu"
+
+
+@pytest.mark.parametrize("name", [A72, X86.format("haswell"), X86.format("cascadelake")])
 def test_the_tables_hold_integer_kernels(name: str) -> None:
     rules = rules_for(parse_target(name))
     rows = kernel_tables.load_rows(rules.isa, "conv2d_int8")
