@@ -117,6 +117,6 @@ def _integer_ways(layer: IntegerLayer, rules: TargetRules) -> Ways:
     if layer.scheme == "bitserial":
         ways["popcount"] = bitserial.cuts(layer, rules)
     if layer.operator == "conv2d" and winograd_choice.applies(info):
-        for name, algorithm in winograd_choice.of_stride(winograd.fitting_algorithms(layer), info).items():
+        for name, algorithm in winograd.fitting_algorithms(layer, info).items():
             ways[name] = winograd_plan.cuts(rules, info, algorithm, winograd_plan.integers(rules, algorithm))
     return ways

@@ -91,14 +91,14 @@ def _choose_integer(layer: IntegerLayer, info: dict[str, Any], rules: TargetRule
     """Choose among the algorithms that weights and activations prove to fit."""
     if layer.operator != "conv2d" or not applies(info):
         return None
-    return choose_algorithm(info, rules, "conv2d_int8", of_stride(fitting_algorithms(layer), info))
+    return choose_algorithm(info, rules, "conv2d_int8", fitting_algorithms(layer, info))
 
 
-def fitting_algorithms(layer: IntegerLayer) -> dict[str, IntegerAlgorithm]:
-    """Return the algorithms that a layer's weights and activations prove to be exact."""
+def fitting_algorithms(layer: IntegerLayer, info: dict[str, Any]) -> dict[str, IntegerAlgorithm]:
+    """Return the algorithms for a layer's stride that its weights and activations prove to be exact."""
     return {
         name: algorithm
-        for name, algorithm in INTEGER_ALGORITHMS.items()
+        for name, algorithm in of_stride(INTEGER_ALGORITHMS, info).items()
         if fits(algorithm, layer.weight, layer.data_range)
     }
 

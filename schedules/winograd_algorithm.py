@@ -301,7 +301,8 @@ INTEGER_ALGORITHMS = {
 
 def fits(algorithm: IntegerAlgorithm, weight: np.ndarray, data_range: tuple[int, int]) -> bool:
     """Whether these weights, OIHW, times inputs within a range are exact by an algorithm."""
-    largest = max(map(abs, data_range)) * np.abs(weight.astype(np.int64)).sum(axis=(1, 2, 3)).max()
+    size = np.abs(weight.astype(np.int16))
+    largest = max(map(abs, data_range)) * int(size.sum(axis=(1, 2, 3), dtype=np.int64).max())
     if largest >= 1 << algorithm.bits:
         return False
     if algorithm.data == "int16":
@@ -311,15 +312,20 @@ def fits(algorithm: IntegerAlgorithm, weight: np.ndarray, data_range: tuple[int,
     offset = algorithm.offset(data_range)
     low, high = algorithm.input_range(*(value + offset for value in data_range))
     # Twice -128 * -128 is more than the 16 bits of two products hold: weights stay within 127.
-    inputs_fit = limits.min <= low and high <= limits.max
-    return inputs_fit and int(np.abs(transform_weights(weight, algorithm)).max()) <= limits.max
+    if low < limits.min or high > limits.max:
+        return False
+    # What no weights of this size exceed settles most layers of few bits.
+    bound = int(size.max()) * int(np.abs(algorithm.weight_matrix).sum(axis=1).max()) ** 2
+    return bound <= limits.max or int(np.abs(transform_weights(weight, algorithm)).max()) <= limits.max
 
 
 def transform_weights(weight: np.ndarray, algorithm: Algorithm) -> np.ndarray:
     """Return G g GT of OIHW weights, [weight_rows, weight_rows, O, I]: float32 by float64, or int64."""
     g = algorithm.weight_matrix
-    transformed = np.einsum("ik,ockl,jl->ijoc", g, weight.astype(g.dtype), g, optimize=True)
-    return transformed if g.dtype == np.int64 else transformed.astype(np.float32)
+    # Sums of products of small integers are exact in float64, and BLAS has no integers.
+    real = g.astype(np.float64)
+    transformed = np.einsum("ik,ockl,jl->ijoc", real, weight.astype(np.float64), real, optimize=True)
+    return transformed.astype(np.int64 if g.dtype == np.int64 else np.float32)
 
 
 def pack_weights(

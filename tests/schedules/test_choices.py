@@ -49,7 +49,9 @@ LAYERS: dict[str, tuple[Callable[[], tvm.IRModule], set[str], set[str]]] = {
     "int8": (lambda: integers("int8", 8, "int8"), {"direct", "F2", "F4"}, {"direct", "F2", "F4"}),
     "few bits": (
         lambda: integers("bitserial", 2),
-        {"direct", "narrow", "popcount", "F2", "F4"},
+        # Without VNNI bytes of few bits have a kernel of their own.
+        {"direct", "popcount", "F2", "F4"}
+        | ({"narrow"} if rules_for(HOST).isa in ("avx2", "avx512") else set()),
         {"direct", "lookup", "popcount", "F2", "F4"},
     ),
 }
