@@ -40,6 +40,8 @@ def integers(scheme: str, bits: int, dtype: str = "uint8") -> tvm.IRModule:
     return make_site(x, w, b, scheme=scheme, padding=SAME, **attrs)
 
 
+# Without VNNI bytes of few bits have a kernel of their own.
+NARROW = {"narrow"} if rules_for(HOST).isa in ("avx2", "avx512") else set()
 # By name: a module of one layer, and the kernels that can compute it here and on the Raspberry Pi.
 LAYERS: dict[str, tuple[Callable[[], tvm.IRModule], set[str], set[str]]] = {
     "3x3": (lambda: float_site((1, 12, 12, 16), 24, 3, 1), {"direct", "F2", "F4"}, {"direct", "F2", "F4"}),
@@ -49,9 +51,7 @@ LAYERS: dict[str, tuple[Callable[[], tvm.IRModule], set[str], set[str]]] = {
     "int8": (lambda: integers("int8", 8, "int8"), {"direct", "F2", "F4"}, {"direct", "F2", "F4"}),
     "few bits": (
         lambda: integers("bitserial", 2),
-        # Without VNNI bytes of few bits have a kernel of their own.
-        {"direct", "popcount", "F2", "F4"}
-        | ({"narrow"} if rules_for(HOST).isa in ("avx2", "avx512") else set()),
+        {"direct", "popcount", "F2", "F4", *NARROW},
         {"direct", "lookup", "popcount", "F2", "F4"},
     ),
 }
