@@ -26,6 +26,8 @@ UNCERTAIN = 0.05
 DRIFT_SAMPLE = 3
 # Beyond this change of their times all that are known are corrected.
 DRIFT = 0.1
+# The model is fitted again when it knows so many times as many kernels: a fit takes as long as timing some.
+REFIT = 1.15
 # So many modules' kernels are kept, for policies that come again.
 MOST_KEPT = 256
 
@@ -200,6 +202,8 @@ class HybridLatency(KernelLatency):
                 "Give one that was fitted on this device.",
             )
         self._rows: dict[str, KernelRow] = {}
+        # How many of them, the first, the model was fitted to.
+        self._fitted = 0
         # (accuracy, ratio) of every episode so far.
         self._points: list[tuple[float, float]] = []
         #: Changes that all times were corrected by, as shares.
@@ -237,9 +241,14 @@ class HybridLatency(KernelLatency):
         timed = [kernel for kernel in unknown if kernel.key in times]
         rows = self.model.rows_of(timed, [times[kernel.key] for kernel in timed])
         self._rows |= {kernel.key: row for kernel, row in zip(timed, rows, strict=True)}
-        if times:
-            self.model.fit([self._rows[key] for key in sorted(self._rows)])
+        if len(self._rows) >= REFIT * self._fitted:
+            self._fit(len(self._rows))
         return {k.key: self._rows[k.key].value for k in kernels if k.key in self._rows}
+
+    def _fit(self, count: int) -> None:
+        """Fit the model to the first so many kernels that were timed."""
+        self._fitted = count
+        self.model.fit([self._rows[key] for key in sorted(list(self._rows)[:count])])
 
     def _would_win(self, accuracy: float, ratio: float) -> bool:
         """Whether a policy would have the highest reward, or be beaten by none in accuracy and latency."""
@@ -266,13 +275,14 @@ class HybridLatency(KernelLatency):
             key: KernelRow(row.vector, row.bound, row.value * (1 + change)) for key, row in self._rows.items()
         }
         self.checks = [(total * (1 + change), whole) for total, whole in self.checks]
-        self.model.fit([self._rows[key] for key in sorted(self._rows)])
+        self._fit(len(self._rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Kernels, checks and points so far, as plain values."""
         rows = {key: [list(row.vector), row.bound, row.value] for key, row in self._rows.items()}
         points = [list(p) for p in self._points]
-        return super().state_dict() | {"rows": rows, "points": points, "drifts": self.drifts}
+        found = {"rows": rows, "fitted": self._fitted, "points": points, "drifts": self.drifts}
+        return super().state_dict() | found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values and fit the model to them."""
@@ -284,4 +294,4 @@ class HybridLatency(KernelLatency):
         self._points = [(accuracy, ratio) for accuracy, ratio in state["points"]]
         self.drifts = list(state["drifts"])
         if self._rows:
-            self.model.fit([self._rows[key] for key in sorted(self._rows)])
+            self._fit(state.get("fitted", len(self._rows)))
