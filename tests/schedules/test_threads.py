@@ -29,6 +29,8 @@ from tvm_compress.schedules.threads import (
 )
 
 RPI4 = parse_target("raspberry-pi/4b-aarch64")
+# Whatever this machine is: with wider vectors, what stays serial is a larger share of the small stem.
+AVX2 = parse_target("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu -num-cores=4")
 FOUR_CORES = parse_target(dict(parse_target("host").export()) | {"num-cores": 4})
 
 
@@ -124,7 +126,7 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("target", [FOUR_CORES, RPI4], ids=["host", "rpi4"])
+@pytest.mark.parametrize("target", [AVX2, RPI4], ids=["avx2", "rpi4"])
 @pytest.mark.parametrize("name", SITES)
 def test_threads_have_as_much_to_do_and_write_lines_of_their_own(name: str, target: Target) -> None:
     infos = kernel_infos(lower_to_kernels(SITES[name](), target), target)

@@ -37,7 +37,7 @@ def model() -> Model:
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(24, 10),
+        nn.Flatten(), nn.Linear(24, 40),
     )  # fmt: skip
     return Model.from_torch(network.eval(), (torch.zeros(1, 3, 16, 16),))
 
@@ -128,7 +128,7 @@ def test_known_layers_are_not_measured_again_and_others_kept(model: Model, tmp_p
 
 def test_tune_compile_verify_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 40))
     model = Model.from_torch(network.eval(), (torch.zeros(1, 3, 4, 4),))
     model.save(tmp_path / "model")
     words = ["tune", str(tmp_path / "model"), "-o", str(tmp_path / "db.json"), "--trials", "2", "--json"]
