@@ -268,7 +268,8 @@ def test_lookups_are_chosen_where_they_are_the_fastest(
         ((8, 2), 1, "winograd"),
         ((6, 3), 1, "winograd"),
         ((6, 2), 2, "lookup"),
-        ((6, 3), 2, "winograd"),
+        ((6, 3), 2, "lookup"),
+        ((6, 4), 2, "winograd"),
         ((1, 1), 1, "popcount"),
     ],
 )
