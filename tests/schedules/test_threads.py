@@ -29,8 +29,9 @@ from tvm_compress.schedules.threads import (
 )
 
 RPI4 = parse_target("raspberry-pi/4b-aarch64")
-# Whatever this machine is: with wider vectors, what stays serial is a larger share of the small stem.
+# Whatever this machine is.
 AVX2 = parse_target("llvm -mcpu=haswell -mtriple=x86_64-linux-gnu -num-cores=4")
+AVX512 = parse_target("llvm -mcpu=cascadelake -mtriple=x86_64-linux-gnu -num-cores=4")
 FOUR_CORES = parse_target(dict(parse_target("host").export()) | {"num-cores": 4})
 
 
@@ -126,14 +127,16 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("target", [AVX2, RPI4], ids=["avx2", "rpi4"])
+@pytest.mark.parametrize("target", [AVX2, AVX512, RPI4], ids=["avx2", "avx512", "rpi4"])
 @pytest.mark.parametrize("name", SITES)
 def test_threads_have_as_much_to_do_and_write_lines_of_their_own(name: str, target: Target) -> None:
     infos = kernel_infos(lower_to_kernels(SITES[name](), target), target)
     works = [kernel_work(info.func, rules_for(target).vector_bits) for info in infos]
     total = sum(work.total for work in works)
     # Three threads take 8 blocks as 3, 3 and 2: better than to wait for each other at each stage of two.
-    for threads, most in ((2, 1.15), (3, 1.25), (4, 1.2)):
+    # With vectors of 16, copying the stem's image of three channels, which stays serial, is 8 % of its work.
+    four = 1.25 if (name, target) == ("fp32 stem", AVX512) else 1.2
+    for threads, most in ((2, 1.15), (3, 1.25), (4, four)):
         assert sum(work.largest_share(threads) for work in works) * threads / total < most
         for info in infos:
             assert all(lines.contested == 0 for lines in written_lines(info.func, threads))

@@ -33,7 +33,7 @@ PARTS_AT_ONCE = 8
 FIRST_STEP = 1.02
 LARGEST_STEP = 1e6
 # How exactly the budget is met, relative to it; what is left over is below it, never above.
-EXACTNESS = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-10}
+EXACTNESS = {np.dtype(np.float32): 2e-7, np.dtype(np.float64): 1e-10}
 
 
 def logarithmic_derivative(tolerances: np.ndarray, part: Part) -> np.ndarray:
