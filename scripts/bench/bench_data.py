@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import platformdirs
+from figures import ROOT
 
 from tvm_compress.data.dataset import Normalization, Split
 from tvm_compress.data.idx import FASHION_CLASSES, read_idx_part
 from tvm_compress.data.split import Source, split_source
 from tvm_compress.files import replacing, write_text
 
-ROOT = Path(__file__).resolve().parents[2]
 CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FASHION_NORMALIZATION = Normalization((0.2860,), (0.3530,))

@@ -1,10 +1,11 @@
 """What every benchmark writes: figures with their goals, machine and versions; `met` is computed here."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from tvm_compress.rpc.local import processor_name
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPARISONS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "==": lambda a, b: a == b}
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy", "xgboost-cpu")
 
@@ -32,6 +34,10 @@ class Figure:
     def met(self) -> bool:
         """Whether the value compares with the goal as wanted."""
         return bool(COMPARISONS[self.comparison](self.value, self.goal))
+
+
+# Figures of a part of a benchmark, and the values behind them.
+Part = tuple[list[Figure], dict[str, Any]]
 
 
 def machine() -> dict[str, Any]:
@@ -78,33 +84,32 @@ def write(
         print(f"{figure.id:<54} {figure.value:>10.4g} {figure.unit:<8} {goal} {verdict}")
 
 
-def write_parts(
-    path: Path,
+def parts_parser(description: str | None, name: str, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """Parser of a benchmark that has several parts."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = list(parts)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / f"{name}.json")
+    parser.add_argument("--only", nargs="*", choices=known, default=known)
+    return parser
+
+
+def run_parts(
+    arguments: argparse.Namespace,
     name: str,
     settings: dict[str, Any],
-    parts: Sequence[str],
-    run: Callable[[str], tuple[Sequence[Figure], dict[str, Any]]],
-    only: Sequence[str],
-) -> list[str]:
-    """Run some parts of a benchmark; each replaces its own entries in the JSON when it is done.
+    parts: Mapping[str, Callable[[argparse.Namespace], Part]],
+) -> None:
+    """Run the parts that `arguments` of `parts_parser` ask for.
 
-    Parameters
-    ----------
-    parts
-        Names of all parts, in the order of the JSON.
-    run
-        Gives a part's figures and values.
-    only
-        The parts to run.
-
-    Returns
-    -------
-    The parts that the JSON has now.
+    Each replaces its own entries in the JSON when it is done; the order there is that of `parts`.
     """
+    path: Path = arguments.json
     data: dict[str, dict[str, Any]] = {}
-    for part in only:
+    for part in arguments.only:
         load = os.getloadavg()[0]
-        figures, values = run(part)
+        figures, values = parts[part](arguments)
         # Read now: another process may have written other parts meanwhile.
         if path.exists():
             data = {one["part"]: one for one in json.loads(path.read_text(encoding="utf-8"))["data"]}
@@ -114,4 +119,3 @@ def write_parts(
         ordered = [data[known] for known in parts if known in data]
         everything = [Figure(**figure) for one in ordered for figure in one["figures"]]
         write(path, name, settings, everything, ordered)
-    return list(data)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import kernel_build
@@ -22,7 +21,7 @@ import kernel_loops
 import kernel_stages
 import numpy as np
 import torch
-from figures import Figure, write_parts
+from figures import Figure, Part, parts_parser, run_parts
 from kernel_networks import BITS, compile_library, make, realized
 from kernel_peers import COUNTED, PEERS, Start, fastest, versions
 
@@ -30,7 +29,6 @@ from tvm_compress.rpc.device import LatencyResult, MeasurementSettings, open_dev
 from tvm_compress.rpc.measure import measure
 from tvm_compress.schedules import winograd
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
 # Inferences of a turn: as many as take so many seconds, within the limits.
 TURN_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.4, 5, 40
@@ -47,7 +45,6 @@ A72_GOALS = {("ResNet-18 w64", "fp32"): 52.0, ("ResNet-18 w64", "int8"): 42.0}
 # Bits of weights and activations: most of our INT8's time on x86, and M estimated cycles on the Cortex-A72.
 FEW_BITS_X86 = {(1, 1): 0.22, (2, 1): 0.38, (2, 2): 0.65, (2, 4): 0.8}
 FEW_BITS_A72 = {(4, 5): 36.0, (2, 5): 36.0, (2, 2): 32.0, (1, 1): 12.0}
-Part = tuple[list[Figure], dict[str, Any]]
 
 
 def compile_network(name: str, scheme: str, device: str, folder: Path) -> dict[str, Path]:
@@ -244,21 +241,13 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
 
 def main() -> None:
     """Run the parts that are asked for, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "kernels.json")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser = parts_parser(__doc__, "kernels", PARTS)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="2 needs an idle machine")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    write_parts(
-        arguments.json,
-        "kernels",
-        {"rounds": ROUNDS, "quick": arguments.quick},
-        list(PARTS),
-        lambda part: PARTS[part](arguments),
-        arguments.only,
-    )
+    settings = {"rounds": ROUNDS, "quick": arguments.quick}
+    run_parts(arguments, "kernels", settings, PARTS)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,17 @@ usage: python scripts/bench/latency_model.py [--json docs/figures/latency_model.
 Parts: "local" and "emulated-a72" fit a model to kernels of ResNet-8, ResNet-18 of width 32, MobileNetV2 and
 random networks, and compare it with measurements on policies that it never saw, also of a VGG-7 that no
 kernel of the fit comes from; "warm" times one more policy of a search by kernels; "resnet18" times the
-emulated board; "search" compares `--latency hybrid` with `--latency measure`. A part that is run replaces
-its own entries in the JSON. Timed kernels stay in the benches' cache, so that an interrupted run goes on;
-"local" and "search" want a quiet machine.
+emulated board; "search-local" and "search-emulated-a72" compare `--latency hybrid` with `--latency measure`.
+A part that is run replaces its own entries in the JSON. Timed kernels stay in the benches' cache, so that an
+interrupted run goes on; "local", "warm" and "search-local" want a quiet machine.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from bench_data import ROOT, cache_folder
-from figures import Figure, write_parts
+from bench_data import cache_folder
+from figures import Figure, Part, parts_parser, run_parts
 from networks import CIFAR, ConvNet, MobileNetV2, ResNet18
 from train import as_model
 
+from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.data.load import load_data
 from tvm_compress.model import Model, load_model
 from tvm_compress.passes.pipeline import build
@@ -50,7 +52,6 @@ from tvm_compress.search.run import run_search
 from tvm_compress.search.sampling import KernelSampler
 from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
 
-Part = tuple[list[Figure], dict[str, Any]]
 SAMPLE = "sample:resnet8-fashion"
 # Six convolutions and a dense layer: VGG-7 of an eighth of the usual width.
 VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
@@ -249,8 +250,7 @@ def resnet18(arguments: argparse.Namespace) -> Part:
         library = build(model.module, target).export(
             Path(folder) / "dense.so", export_fcompile(str(target.attrs["mtriple"]))
         )
-        kit = replace(prepare(), cache=Path(folder) / "cache")
-        with patch("tvm_compress.rpc.emulated_a72.prepare", lambda: kit):
+        with _forgetful_board(Path(folder)):
             for what, remember in (
                 ("cold", False),
                 ("emulated again", False),
@@ -272,49 +272,80 @@ def resnet18(arguments: argparse.Namespace) -> Part:
     ], {"seconds": seconds, "cycles": result.value}
 
 
-def searches(arguments: argparse.Namespace) -> Part:
-    """Best rewards and measuring time of a search by whole networks and by the hybrid."""
+# How a search takes its latencies: whole networks, the hybrid, that with a model that was fitted before.
+MODES = {"measure": "measure", "hybrid": "hybrid", "fitted": "hybrid"}
+
+
+def searches(device: str, arguments: argparse.Namespace) -> Part:
+    """Best rewards and measuring time of a search by whole networks and by the hybrid.
+
+    The model that was fitted before is the part `device`'s: its kernels come from the cache.
+    """
     model = load_model(SAMPLE)
+    before = _fitted_before(device, model, arguments)
     rows = []
     for seed in range(arguments.seeds):
-        for mode in ("measure", "hybrid"):
+        for mode, latency in MODES.items():
             settings = SearchSettings(
-                latency=mode, episodes=40, seed=seed, budget=0.45, finetune_epochs=0, refine=1
+                device=device,
+                latency=latency,
+                episodes=40,
+                seed=seed,
+                budget=0.45,
+                finetune_epochs=0,
+                refine=1,
             )
-            with tempfile.TemporaryDirectory() as folder:
+            prior = before if mode == "fitted" else None
+            with tempfile.TemporaryDirectory() as folder, _forgetful_board(Path(folder)):
                 split = load_data(SAMPLE, model, seed)
-                result = run_search(model, split, settings, Path(folder) / "study")
+                result = run_search(model, split, settings, Path(folder) / "study", latency_model=prior)
             row = {"seed": seed, "latency": mode, "reward": result.best_trial.reward}
             row |= {"seconds": result.seconds, "sum_errors": result.sum_errors, "drifts": result.drifts}
             row["kinds"] = [trial.result.latency_kind for trial in result.trials]
             rows.append(row)
             print(json.dumps(row), flush=True)
-    reward = {m: [r["reward"] for r in rows if r["latency"] == m] for m in ("measure", "hybrid")}
-    spent = {
-        m: float(np.mean([r["seconds"]["latency"] for r in rows if r["latency"] == m]))
-        for m in ("measure", "hybrid")
-    }
+    reward = {m: [r["reward"] for r in rows if r["latency"] == m] for m in MODES}
+    spent = {m: float(np.mean([r["seconds"]["latency"] for r in rows if r["latency"] == m])) for m in MODES}
     texts = {m: " ".join(f"{value:.3f}" for value in values) for m, values in reward.items()}
     spread = float(np.std(reward["measure"], ddof=1)) if arguments.seeds > 1 else 0.0
-    return [
-        Figure(
-            "search: best reward, hybrid less measured, mean of the seeds",
-            float(np.mean(reward["hybrid"]) - np.mean(reward["measure"])),
-            "",
-            -spread,
-            ">=",
-            note=f"hybrid {texts['hybrid']}, measured {texts['measure']}; "
-            "the goal is the measured ones' standard deviation",
-        ),
-        Figure(
-            "search: time spent on latencies, hybrid over measured",
-            spent["hybrid"] / spent["measure"],
-            "ratio",
-            0.2,
-            "<=",
-            note=f"{spent['hybrid']:.0f} s and {spent['measure']:.0f} s for 40 episodes, building included",
-        ),
-    ], {"runs": rows}
+    figures = []
+    for mode, what in (("hybrid", ""), ("fitted", f", with a model of {before.rows} kernels fitted before")):
+        figures += [
+            Figure(
+                f"search on {device}: best reward, hybrid less measured, mean of the seeds{what}",
+                float(np.mean(reward[mode]) - np.mean(reward["measure"])),
+                "",
+                -spread,
+                ">=",
+                note=f"hybrid {texts[mode]}, measured {texts['measure']}; "
+                "the goal is the measured ones' standard deviation",
+            ),
+            Figure(
+                f"search on {device}: time spent on latencies, hybrid over measured{what}",
+                spent[mode] / spent["measure"],
+                "ratio",
+                0.2,
+                "<=",
+                note=f"{spent[mode]:.0f} s and {spent['measure']:.0f} s for 40 episodes, building included",
+            ),
+        ]
+    return figures, {"runs": rows}
+
+
+def _fitted_before(device: str, model: Model, arguments: argparse.Namespace) -> LatencyModel:
+    """Model fitted to all kernels that the part `device` has timed."""
+    with open_meter(device, model, arguments.cache / f"latency_model-{device}.sqlite") as meter:
+        kernels = stored_kernels(meter.store, meter.device, meter.target)
+    fitted = LatencyModel(meter.device.unit)
+    return fitted.fit(fitted.rows_of(kernels, [kernel.value for kernel in kernels]))
+
+
+@contextmanager
+def _forgetful_board(folder: Path) -> Iterator[None]:
+    """Let the emulated board keep what it ran in its own folder: it shall know nothing of other searches."""
+    kit = replace(prepare(), cache=folder / "cache")
+    with patch("tvm_compress.rpc.emulated_a72.prepare", lambda: kit):
+        yield
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
@@ -322,7 +353,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "emulated-a72": lambda arguments: quality("emulated-a72", arguments),
     "warm": warm,
     "resnet18": resnet18,
-    "search": searches,
+    "search-local": lambda arguments: searches("local", arguments),
+    "search-emulated-a72": lambda arguments: searches("emulated-a72", arguments),
 }
 
 
@@ -351,9 +383,7 @@ def plot(path: Path, data: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the parts that are asked for, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "latency_model.json")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser = parts_parser(__doc__, "latency_model", PARTS)
     parser.add_argument("--kernels", type=int, default=1500)
     parser.add_argument("--policies", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
@@ -361,14 +391,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"kernels": arguments.kernels, "policies": arguments.policies, "seeds": arguments.seeds}
-    write_parts(
-        arguments.json,
-        "latency_model",
-        settings,
-        list(PARTS),
-        lambda part: PARTS[part](arguments),
-        arguments.only,
-    )
+    run_parts(arguments, "latency_model", settings, PARTS)
     data = {one["part"]: one for one in json.loads(arguments.json.read_text(encoding="utf-8"))["data"]}
     if set(GOALS) & set(data):
         plot(arguments.json.with_name("latency-model.png"), data)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tvm
-from figures import Figure, write_parts
+from figures import Figure, Part, parts_parser, run_parts
 from kernel_networks import compile_library, make, realized
 from tvm import relax
 
@@ -28,7 +28,6 @@ from tvm_compress.schedules import ops, winograd
 from tvm_compress.schedules.apply import lower_to_kernels
 from tvm_compress.schedules.target_rules import TargetRules, parse_target
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGET = "raspberry-pi/4b-aarch64"
 # Height (and width), channels (in and out).
 SHAPES = ((16, 128), (8, 256), (4, 512))
@@ -44,7 +43,6 @@ NETWORKS = {
     "W4A5 without lookups": (4, 5),
     "W8A8": (8, 8),
 }
-Part = tuple[list[Figure], dict[str, Any]]
 
 
 @contextmanager
@@ -196,20 +194,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"layers": layers, "net
 
 def main() -> None:
     """Run the parts that are asked for, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "lookup.json")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser = parts_parser(__doc__, "lookup", PARTS)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    write_parts(
-        arguments.json,
-        "lookup",
-        {"quick": arguments.quick},
-        list(PARTS),
-        lambda part: PARTS[part](arguments),
-        arguments.only,
-    )
+    settings = {"quick": arguments.quick}
+    run_parts(arguments, "lookup", settings, PARTS)
 
 
 if __name__ == "__main__":

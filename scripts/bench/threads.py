@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import tvm
-from figures import Figure, write_parts
+from figures import Figure, Part, parts_parser, run_parts
 from kernel_networks import BITS, make, realized
 
 from tvm_compress.passes.pipeline import build, lower
@@ -25,13 +25,11 @@ from tvm_compress.schedules.apply import kernel_infos
 from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.schedules.threads import kernel_work, written_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 RPI4 = "raspberry-pi/4b-aarch64"
 THREADS = (1, 2, 3, 4)
 ROUNDS = 7
 # Largest share of a thread over the mean that is wanted of a whole network.
 EVEN = 1.1
-Part = tuple[list[Figure], dict[str, Any]]
 
 
 def modules(quick: bool) -> dict[str, tuple[tvm.IRModule, np.ndarray]]:
@@ -140,20 +138,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"balance": balance, "x
 
 def main() -> None:
     """Run the parts that are asked for, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "threads.json")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser = parts_parser(__doc__, "threads", PARTS)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    write_parts(
-        arguments.json,
-        "threads",
-        {"rounds": ROUNDS, "quick": arguments.quick, "run_by": "2 to 4 threads, the worst counts"},
-        list(PARTS),
-        lambda part: PARTS[part](arguments),
-        arguments.only,
-    )
+    settings = {"rounds": ROUNDS, "quick": arguments.quick, "run_by": "2 to 4 threads, the worst counts"}
+    run_parts(arguments, "threads", settings, PARTS)
 
 
 if __name__ == "__main__":

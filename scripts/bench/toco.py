@@ -13,15 +13,14 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_data import ROOT
-from figures import Figure, write_parts
+from figures import Figure, Part, parts_parser, run_parts
 from toco_agent import figure12
-from toco_curves import Part
 from toco_groups import figure9
 from toco_networks import figure5, figure7, figure11
 from toco_quantize import figure6
@@ -126,9 +125,7 @@ PARTS: dict[str, Callable[[int, Path], Part]] = {
 
 def main() -> None:
     """Run the parts that are asked for, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "toco.json")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser = parts_parser(__doc__, "toco", PARTS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--solver", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,14 +133,12 @@ def main() -> None:
     if arguments.solver:
         print(json.dumps(one_solver(*arguments.solver)))
         return
-    write_parts(
-        arguments.json,
-        "toco",
-        {"seeds": arguments.seeds},
-        list(PARTS),
-        lambda part: PARTS[part](arguments.seeds, arguments.json.parent),
-        arguments.only,
-    )
+    parts = {name: partial(_run, part) for name, part in PARTS.items()}
+    run_parts(arguments, "toco", {"seeds": arguments.seeds}, parts)
+
+
+def _run(part: Callable[[int, Path], Part], arguments: argparse.Namespace) -> Part:
+    return part(arguments.seeds, arguments.json.parent)
 
 
 if __name__ == "__main__":

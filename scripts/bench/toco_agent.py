@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from figures import Figure
-from toco_curves import Masks, Part, arrays, finished, timed
+from figures import Figure, Part
+from toco_curves import Masks, arrays, finished, timed
 
 from tvm_compress.compression import compress_model, compressed_model
 from tvm_compress.data.dataset import Split

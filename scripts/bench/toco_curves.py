@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import tvm
 from bench_data import ROOT, cache_folder, kept, load_split
-from figures import Figure
 from train import NETWORKS, as_model, load_network
 
 from tvm_compress.compression import compile_model
@@ -30,7 +29,6 @@ from tvm_compress.tolerance.grouping import Grouping
 from tvm_compress.tolerance.settings import TocoSettings
 from tvm_compress.twin import Twin
 
-Part = tuple[list[Figure], dict[str, Any]]
 Arrays = tuple[np.ndarray, np.ndarray]
 Masks = dict[str, np.ndarray]
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Figure
+from figures import Figure, Part
 from toco_curves import (
     GRID,
     NETWORK_SEEDS,
     PRUNE,
-    Part,
     arrays,
     finished,
     magnitudes,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Figure
+from figures import Figure, Part
 from toco_curves import (
     FINETUNE_EPOCHS,
     FINETUNE_IMAGES,
@@ -15,7 +15,6 @@ from toco_curves import (
     PRUNE,
     Arrays,
     Curve,
-    Part,
     Run,
     arrays,
     finished,

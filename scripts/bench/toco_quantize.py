@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Figure
+from figures import Figure, Part
 from toco_curves import (
     FINETUNE_EPOCHS,
     FINETUNE_IMAGES,
     PRUNE,
-    Part,
     arrays,
     finished,
     network,

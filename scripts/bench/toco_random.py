@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Figure
+from figures import Figure, Part
 from random_data import make_random, sigmoid_layer
-from toco_curves import Curve, Part, finished, magnitudes, score_curve, toco_curve
+from toco_curves import Curve, finished, magnitudes, score_curve, toco_curve
 
 from tvm_compress.tolerance.compression_models import Pruning
 from tvm_compress.tolerance.grouping import Grouping

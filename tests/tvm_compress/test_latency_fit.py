@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tvm_compress.samples.load import load_sample
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
 from tvm_compress.schedules.kernel_key import target_digest
 from tvm_compress.schedules.target_rules import parse_target, rules_for
+from tvm_compress.search import latency
 from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
 from tvm_compress.search.latency_fit import errors_of, fit_latency_model, stored_kernels
 from tvm_compress.search.sampling import KernelSampler, random_network, random_policy, subject_of
@@ -75,6 +77,20 @@ def test_constants_of_quantization_do_not_make_another_kernel():
     # Whether sums fit 32 bits depends on the ranges, and makes another kernel.
     assert same > 0.7
     assert len(set(keys[0])) > 8
+
+
+def test_kernels_that_are_timed_again_are_not_built_again(meter: LatencyMeter):
+    kernels = KernelSampler([], meter, 0).draw()
+    some = kernels[:3]
+    with patch.object(latency, "object_files", wraps=latency.object_files) as built:
+        first = meter.time_kernels(some)
+        second = meter.time_kernels(kernels[2:4])
+        again = meter.time_kernels(kernels[:4], again=True)
+    # One library for the first, one for the kernel that the second call added.
+    assert built.call_count == 2
+    assert len(built.call_args.args[0]) == 1
+    assert set(again) == set(first) | set(second) == {kernel.key for kernel in kernels[:4]}
+    assert all(result.ok and result.value > 0 for result in again.values())
 
 
 def test_a_model_is_fitted_to_a_device_and_goes_on_from_what_is_stored(meter: LatencyMeter):

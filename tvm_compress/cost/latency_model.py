@@ -1,4 +1,4 @@
-"""A latency model: xgboost on the logarithm of each kernel's time, summed up over a network and calibrated.
+"""A latency model: xgboost on the logarithm of each kernel's time.
 
 The model predicts how far a kernel is from an analytic cost (`features.analytic_cost`), so that a shape
 unlike all that were measured still gets the right order of magnitude. Several boosters, each fitted to
@@ -23,7 +23,7 @@ from tvm_compress.cost.features import FEATURE_NAMES, Kernel, analytic_cost, ker
 from tvm_compress.errors import StudyError
 from tvm_compress.files import write_text
 
-VERSION = 3
+VERSION = 4
 
 # Fewer distinct kernels than this cannot tell shapes from noise.
 MIN_ROWS = 24
@@ -48,7 +48,7 @@ _PARAMETERS = {
 }
 _ROUNDS = 300
 # What a file holds of a model besides its boosters and its prior.
-_STORED = ("unit", "seed", "provenance", "rows", "scale", "calibration", "error_scale")
+_STORED = ("unit", "seed", "provenance", "rows", "scale", "error_scale")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ class LatencyModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
     scale: float = 1.0
-    calibration: float = 1.0
     #: Factor from the boosters' disagreement to the error on rows that they had not seen.
     error_scale: float = 1.0
     prior: "LatencyModel | None" = None
@@ -135,11 +134,6 @@ class LatencyModel:
         data = xgboost.DMatrix(vectors)
         return np.stack([booster.predict(data) for booster in self._boosters])
 
-    def calibrate(self, predicted: Sequence[float], measured: Sequence[float]) -> None:
-        """Let whole networks correct the sum of their kernels: by the median of measured / predicted."""
-        ratios = [m / p for p, m in zip(predicted, measured, strict=True) if p > 0 and m > 0]
-        self.calibration = float(np.median(ratios)) if ratios else 1.0
-
     def predict_kernels(self, kernels: Sequence[Kernel]) -> list[float]:
         """Time of one call of each kernel."""
         return [value for value, _ in self.predict_with_errors(kernels)]
@@ -153,25 +147,6 @@ class LatencyModel:
             errors = np.maximum(self.error_scale * each.std(axis=0), LEAST_ERROR)
             values = bounds * np.exp(each.mean(axis=0))
         return [(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
-
-    def sum_kernels(
-        self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None
-    ) -> tuple[float, float]:
-        """Time of all calls of a network's kernels, and its standard error as a share of it.
-
-        Those in `known` (by key) count as measured, without an error. The others' errors add up, as kernels
-        of one network that are alike are wrong alike.
-        """
-        known = known or {}
-        total = error = 0.0
-        for kernel, (value, off) in zip(kernels, self.predict_with_errors(kernels), strict=True):
-            total += known.get(kernel.key, value) * kernel.count
-            error += 0.0 if kernel.key in known else off * value * kernel.count
-        return total, (error / total if total else 0.0)
-
-    def predict(self, kernels: Sequence[Kernel], known: Mapping[str, float] | None = None) -> float:
-        """Latency of a network: the sum of its kernels, calibrated."""
-        return self.sum_kernels(kernels, known)[0] * self.calibration
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, with provenance and the version of xgboost."""

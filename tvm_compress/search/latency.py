@@ -84,6 +84,8 @@ class LatencyMeter:
         self._session: Session | None = None
         self._kernel_session: Session | None = None
         self._dense_library: Path | None = None
+        # Library and name there of each kernel that was built, by its key.
+        self._built: dict[str, tuple[Path, str]] = {}
         self._dense: LatencyResult | None = None
 
     def __enter__(self) -> "LatencyMeter":
@@ -165,33 +167,39 @@ class LatencyMeter:
     def time_kernels(self, kernels: Sequence[KernelInfo], again: bool = False) -> dict[str, LatencyResult]:
         """Latency of one call of each kernel, by key; from the store where it has them.
 
-        Those that it lacks, or all if they are to be timed `again`, are built into a library of their own.
-        What the device fails on is not in the result.
+        Those that it lacks, or all if they are to be timed `again`, are built into a library of their own,
+        unless they were built before. What the device fails on is not in the result.
         """
         distinct = {kernel.key: kernel for kernel in kernels}
         found: dict[str, LatencyResult] = {}
         if not again:
             stored = {key: self._stored(_kernel_key(k), self._kernel_settings) for key, k in distinct.items()}
             found = {key: result for key, result in stored.items() if result is not None}
-        # Kernels of several networks may share a name.
-        missing = {f"kernel{i}": k for i, k in enumerate(k for k in distinct.values() if k.key not in found)}
-        if missing:
-            specs = {name: argument_specs(k) for name, k in missing.items()}
-            library = self._library_of(missing)
-            for name, result in self._open_for_kernels().time_kernels(library, specs, KERNEL_PASSES).items():
+        missing = [kernel for key, kernel in distinct.items() if key not in found]
+        self._build_kernels([kernel for kernel in missing if kernel.key not in self._built])
+        libraries = sorted({self._built[kernel.key][0] for kernel in missing})
+        for library in libraries:
+            named = {self._built[k.key][1]: k for k in missing if self._built[k.key][0] == library}
+            specs = {name: argument_specs(kernel) for name, kernel in named.items()}
+            timed = self._open_for_kernels().time_kernels(library, specs, KERNEL_PASSES)
+            for name, result in timed.items():
                 if result.ok:
-                    kernel = missing[name]
+                    kernel = named[name]
                     found[kernel.key] = result
                     facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
                     self._put(_kernel_key(kernel), result, facts)
         return found
 
-    def _library_of(self, kernels: Mapping[str, KernelInfo]) -> Path:
-        path = self._folder / "kernels.so"
-        functions = {name: kernel.func for name, kernel in kernels.items()}
+    def _build_kernels(self, kernels: Sequence[KernelInfo]) -> None:
+        """Build kernels into a new library, under new names: those of several networks may share one."""
+        if not kernels:
+            return
+        path = self._folder / f"kernels{len(self._built)}.so"
+        named = {f"kernel{i}": kernel for i, kernel in enumerate(kernels)}
+        functions = {name: kernel.func for name, kernel in named.items()}
         objects = object_files(functions, self.target, self._folder)
         (self._linker() or create_shared)(str(path), [str(name) for name in objects])
-        return path
+        self._built |= {kernel.key: (path, name) for name, kernel in named.items()}
 
     def _linker(self) -> Callable[..., None] | None:
         return export_fcompile(str(self.target.attrs.get("mtriple", "")))

@@ -1,6 +1,6 @@
 """Where a search takes a candidate's latency from: the whole network, its kernels, or the latency model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,15 +19,17 @@ from tvm_compress.search.settings import SearchSettings
 
 # A candidate that the device fails on (twice) counts as this many times slower than the dense model.
 FAILED_RATIO = 10.0
-# A network whose predicted latency may be off by more than this has its unknown kernels timed.
+# A network whose predicted latency may be off by more than this has kernels timed: the least sure ones, until
+# it may not. One that would win may be off by less.
 UNCERTAIN = 0.05
+SURE = 0.01
 # So many known kernels are timed again with every whole network but the first, to see whether the device is
 # what it was.
 DRIFT_SAMPLE = 3
 # Beyond this change of their times all that are known are corrected.
 DRIFT = 0.1
 # The model is fitted again when it knows so many times as many kernels: a fit takes as long as timing some.
-REFIT = 1.15
+REFIT = 1.25
 # So many modules' kernels are kept, for policies that come again.
 MOST_KEPT = 256
 
@@ -90,8 +92,12 @@ def _whole(meter: LatencyMeter, module: tvm.IRModule, key: str) -> Latency:
     """Measure a whole network, lowered or not, unless the store has it."""
     result = meter.measured(key) or meter.measure(build(module, meter.target), key)
     if not result.ok:
-        return Latency(FAILED_RATIO * meter.dense.value, FAILED_RATIO, "failed")
+        return _failed(meter)
     return Latency(result.value, result.value / meter.dense.value, MEASURED)
+
+
+def _failed(meter: LatencyMeter) -> Latency:
+    return Latency(FAILED_RATIO * meter.dense.value, FAILED_RATIO, "failed")
 
 
 class KernelLatency:
@@ -113,14 +119,12 @@ class KernelLatency:
         """See `LatencySource`."""
         if self._is_check(episode):
             lowered = lower(module, self._meter.target)
-            kernels = kernel_infos(lowered, self._meter.target)
-            return self._check(lowered, kernels, key, self._time(kernels))
+            return self._check(lowered, kernel_infos(lowered, self._meter.target), key)
         return self._estimate(self._kernels_of(module), accuracy)
 
     def ratio(self, module: tvm.IRModule, key: str) -> float:
         """See `LatencySource`; kernels that were not timed yet are."""
-        kernels = self._kernels_of(module)
-        return self._summed(kernels, self._time(kernels)).ratio
+        return self._summed(self._kernels_of(module)).ratio
 
     def _kernels_of(self, module: tvm.IRModule) -> list[KernelInfo]:
         """Kernels of a module; a search comes back to policies that it likes, and so to the same module."""
@@ -136,27 +140,30 @@ class KernelLatency:
             (episode + 1) % self._settings.measure_every == 0
         )
 
-    def _check(
-        self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str, times: Mapping[str, float]
-    ) -> Latency:
+    def _check(self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str) -> Latency:
         """Measure the whole network; remember how far the sum of its kernels is from it."""
+        total = self._total(kernels)
         latency = _whole(self._meter, lowered, key)
-        if latency.kind == MEASURED and all(kernel.key in times for kernel in kernels):
-            self.checks.append((_sum(kernels, times), latency.value))
+        if latency.kind == MEASURED and total is not None:
+            self.checks.append((total, latency.value))
         return latency
+
+    def _total(self, kernels: Sequence[KernelInfo]) -> float | None:
+        """Sum of kernels, or None where the device fails on one."""
+        times = self._time(kernels)
+        return _sum(kernels, times) if all(kernel.key in times for kernel in kernels) else None
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
         """Latency without the whole network."""
-        return self._summed(kernels, self._time(kernels))
+        return self._summed(kernels)
 
     def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
         """Time of one call of each kernel, by key; those that fail are missing."""
         return _values(self._meter.time_kernels(kernels))
 
-    def _summed(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> Latency:
-        if any(kernel.key not in times for kernel in kernels):
-            return Latency(FAILED_RATIO * self._meter.dense.value, FAILED_RATIO, "failed")
-        return self._corrected(_sum(kernels, times), SUMMED)
+    def _summed(self, kernels: Sequence[KernelInfo]) -> Latency:
+        total = self._total(kernels)
+        return _failed(self._meter) if total is None else self._corrected(total, SUMMED)
 
     def _corrected(self, total: float, kind: str) -> Latency:
         factor = float(np.median([whole / parts for parts, whole in self.checks])) if self.checks else 1.0
@@ -179,6 +186,21 @@ def _sum(kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> float:
     return sum(times[kernel.key] * kernel.count for kernel in kernels)
 
 
+def _least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
+    """Kernels of the largest errors: as few as leave no more than a limit of errors with the others.
+
+    Errors add up, as kernels of one network that are alike are wrong alike.
+    """
+    by_key = {kernel.key: kernel for kernel in kernels}
+    left, chosen = sum(errors.values()), []
+    for key in sorted(errors, key=lambda key: (-errors[key], key)):
+        if left <= limit:
+            break
+        chosen.append(by_key[key])
+        left -= errors[key]
+    return chosen
+
+
 def _values(results: Mapping[str, LatencyResult]) -> dict[str, float]:
     return {key: result.value for key, result in results.items()}
 
@@ -186,9 +208,10 @@ def _values(results: Mapping[str, LatencyResult]) -> dict[str, float]:
 class HybridLatency(KernelLatency):
     """Predicts kernels that were not timed yet, and times them where it matters.
 
-    They are timed where the model is not sure of the sum, and for each policy that by its prediction would
-    be the best so far or stand on the Pareto set; the model is fitted again to all that is known. Whole
-    networks are measured as in `KernelLatency`; with them, some known kernels are timed again to see a drift.
+    Of each policy those are timed of which the model is least sure, until it is sure enough of the sum; surer
+    where a policy by its prediction would be the best so far or stand on the Pareto set. The model is fitted
+    again to all that is known. Whole networks are measured as in `KernelLatency`; with them, some known
+    kernels are timed again to see a drift.
     """
 
     def __init__(
@@ -209,7 +232,14 @@ class HybridLatency(KernelLatency):
         #: Changes that all times were corrected by, as shares.
         self.drifts: list[float] = []
         facts = {"device": meter.device.name}
-        self.model = LatencyModel(unit, settings.seed, facts, prior=prior)
+        self._model = LatencyModel(unit, settings.seed, facts, prior=prior)
+
+    @property
+    def model(self) -> LatencyModel:
+        """The model, fitted to what was timed, all but the last few."""
+        if len(self._rows) >= REFIT * self._fitted:
+            self._fit(len(self._rows))
+        return self._model
 
     def latency(self, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
         """See `LatencySource`."""
@@ -217,38 +247,63 @@ class HybridLatency(KernelLatency):
         self._points.append((accuracy, latency.ratio))
         return latency
 
-    def _check(
-        self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str, times: Mapping[str, float]
-    ) -> Latency:
+    def _check(self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str) -> Latency:
         if self.checks:
             self._look_for_drift(kernels)
-        return super()._check(lowered, kernels, key, {k: self._rows[k].value for k in times})
+        return super()._check(lowered, kernels, key)
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
-        known = {key: row.value for key, row in self._rows.items()}
-        if all(kernel.key in known for kernel in kernels):
-            return self._summed(kernels, known)
-        total, error = self.model.sum_kernels(kernels, known)
-        predicted = self._corrected(total, PREDICTED)
-        if error <= UNCERTAIN and not self._would_win(accuracy, predicted.ratio):
-            return predicted
-        return self._summed(kernels, self._time(kernels))
+        def limit(total: float) -> float:
+            return SURE if self._would_win(accuracy, self._corrected(total, PREDICTED).ratio) else UNCERTAIN
+
+        total = self._total(kernels, limit)
+        if total is None:
+            return _failed(self._meter)
+        timed = all(kernel.key in self._rows for kernel in kernels)
+        return self._corrected(total, SUMMED if timed else PREDICTED)
+
+    def _total(
+        self, kernels: Sequence[KernelInfo], limit: Callable[[float], float] = lambda total: SURE
+    ) -> float | None:
+        """As the other; of the kernels that were not timed yet, only so many are that the sum is sure enough.
+
+        Parameters
+        ----------
+        limit
+            By how much of it a sum may be off.
+        """
+        while True:
+            total, errors = self._predict(kernels)
+            least_sure = _least_sure(kernels, errors, limit(total) * total)
+            if not least_sure:
+                return total
+            if len(self._time(least_sure)) < len(least_sure):
+                return None
+
+    def _predict(self, kernels: Sequence[KernelInfo]) -> tuple[float, dict[str, float]]:
+        """Sum of kernels, known or predicted; how far each of these may be off in it, by its key."""
+        unknown = [kernel for kernel in kernels if kernel.key not in self._rows]
+        total = sum(self._rows[k.key].value * k.count for k in kernels if k.key in self._rows)
+        errors: dict[str, float] = {}
+        for kernel, (value, error) in zip(unknown, self.model.predict_with_errors(unknown), strict=True):
+            total += value * kernel.count
+            # The same kernel may be called by several names.
+            errors[kernel.key] = errors.get(kernel.key, 0.0) + error * value * kernel.count
+        return total, errors
 
     def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
         """As the other; a kernel that was timed once keeps its time, corrected for drift."""
         unknown = [kernel for kernel in kernels if kernel.key not in self._rows]
         times = super()._time(unknown)
         timed = [kernel for kernel in unknown if kernel.key in times]
-        rows = self.model.rows_of(timed, [times[kernel.key] for kernel in timed])
+        rows = self._model.rows_of(timed, [times[kernel.key] for kernel in timed])
         self._rows |= {kernel.key: row for kernel, row in zip(timed, rows, strict=True)}
-        if len(self._rows) >= REFIT * self._fitted:
-            self._fit(len(self._rows))
         return {k.key: self._rows[k.key].value for k in kernels if k.key in self._rows}
 
     def _fit(self, count: int) -> None:
         """Fit the model to the first so many kernels that were timed."""
         self._fitted = count
-        self.model.fit([self._rows[key] for key in sorted(list(self._rows)[:count])])
+        self._model.fit([self._rows[key] for key in sorted(list(self._rows)[:count])])
 
     def _would_win(self, accuracy: float, ratio: float) -> bool:
         """Whether a policy would have the highest reward, or be beaten by none in accuracy and latency."""

@@ -93,7 +93,7 @@ class SearchSettings:
     augment: str = "none"
     refine: int = 2
     measure_first: int = 3
-    measure_every: int = 8
+    measure_every: int = 16
 
     def __post_init__(self) -> None:
         _check_choice("agent", self.agent, AGENTS)
