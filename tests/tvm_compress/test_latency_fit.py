@@ -27,6 +27,7 @@ from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.search import latency
 from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
 from tvm_compress.search.latency_fit import errors_of, fit_latency_model, stored_kernels
+from tvm_compress.search.latency_sources import least_sure
 from tvm_compress.search.sampling import KernelSampler, random_network, random_policy, subject_of
 
 HOST = parse_target("host")
@@ -186,3 +187,17 @@ def test_a_model_of_another_unit_is_refused(tmp_path: Path, capsys: pytest.Captu
     words = ["cost", "eval", str(tmp_path / "model.json"), "--network", "sample:resnet8-fashion"]
     assert main([*words, "--measurements", str(tmp_path / "m.sqlite")]) == 2
     assert "estimated_cycles, but local measures seconds" in capsys.readouterr().err
+
+
+def test_of_a_network_the_least_sure_kernels_are_timed_and_no_more_than_needed(meter: LatencyMeter):
+    kernels = {kernel.key: kernel for kernel in KernelSampler([], meter, 0).draw()}
+    errors = {key: float(2**place) for place, key in enumerate(list(kernels)[:4])}
+    keys = list(errors)
+
+    def chosen(limit: float) -> list[str]:
+        return [kernel.key for kernel in least_sure(list(kernels.values()), errors, limit)]
+
+    assert chosen(15) == []
+    assert chosen(14.9) == keys[3:]
+    assert chosen(3) == [keys[3], keys[2]]
+    assert chosen(0) == keys[::-1]

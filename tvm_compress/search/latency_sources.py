@@ -186,7 +186,7 @@ def _sum(kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> float:
     return sum(times[kernel.key] * kernel.count for kernel in kernels)
 
 
-def _least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
+def least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
     """Kernels of the largest errors: as few as leave no more than a limit of errors with the others.
 
     Errors add up, as kernels of one network that are alike are wrong alike.
@@ -274,7 +274,7 @@ class HybridLatency(KernelLatency):
         """
         while True:
             total, errors = self._predict(kernels)
-            least_sure = _least_sure(kernels, errors, limit(total) * total)
+            least_sure = least_sure(kernels, errors, limit(total) * total)
             if not least_sure:
                 return total
             if len(self._time(least_sure)) < len(least_sure):
