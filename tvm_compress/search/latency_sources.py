@@ -274,10 +274,10 @@ class HybridLatency(KernelLatency):
         """
         while True:
             total, errors = self._predict(kernels)
-            least_sure = least_sure(kernels, errors, limit(total) * total)
-            if not least_sure:
+            needed = least_sure(kernels, errors, limit(total) * total)
+            if not needed:
                 return total
-            if len(self._time(least_sure)) < len(least_sure):
+            if len(self._time(needed)) < len(needed):
                 return None
 
     def _predict(self, kernels: Sequence[KernelInfo]) -> tuple[float, dict[str, float]]:
