@@ -11,6 +11,7 @@ from tvm_compress.passes import canonical_shapes
 from tvm_compress.passes.canonical_values import (
     Array,
     Builder,
+    Padded,
     Quantizer,
     Tensor,
     UnsupportedFormError,
@@ -20,12 +21,14 @@ from tvm_compress.passes.canonical_values import (
     channels_last,
     ints,
     spatial,
+    without_padding,
 )
 from tvm_compress.passes.sites import site_name
 
 
 def _conv2d(build: Builder, call: relax.Call, data: Value, weight: Value) -> Tensor:
     attrs = call.attrs
+    data, around = without_padding(data, attrs.data_layout)
     value, order = spatial(data, attrs.data_layout)
     if attrs.out_layout not in ("", attrs.data_layout):
         raise UnsupportedFormError(f"output layout {attrs.out_layout}")
@@ -38,7 +41,7 @@ def _conv2d(build: Builder, call: relax.Call, data: Value, weight: Value) -> Ten
             build.ordered(value, order),
             parameter,
             strides=ints(attrs.strides),
-            padding=ints(attrs.padding),
+            padding=[own + zeros for own, zeros in zip(ints(attrs.padding), around, strict=True)],
             dilation=ints(attrs.dilation),
             groups=int(attrs.groups),
             data_layout="NHWC",
@@ -249,6 +252,18 @@ def _pool(make: Callable[..., relax.Expr]) -> Callable[[Builder, relax.Call, Val
     return handle
 
 
+def _pad(build: Builder, call: relax.Call, data: Value) -> Padded:
+    """Keep the zeros of TensorFlow's "same", which asks for more of them behind than before."""
+    del build
+    value, attrs = as_tensor(data), call.attrs
+    if attrs.pad_mode != "constant" or float(attrs.pad_value) != 0:
+        raise UnsupportedFormError(f"it pads with {attrs.pad_value} ({attrs.pad_mode}), not with zeros")
+    width = ints(attrs.pad_width)
+    if min(width) < 0:
+        raise UnsupportedFormError(f"it cuts off ({width})")
+    return Padded(value, tuple(zip(width[::2], width[1::2], strict=True)))
+
+
 def _dropout(build: Builder, call: relax.Call, data: Value) -> tuple[Value, None]:
     del build, call
     return data, None
@@ -337,6 +352,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "relax.nn.batch_flatten": canonical_shapes.change_shape,
     "relax.permute_dims": canonical_shapes.permute_dims,
     "relax.concat": canonical_shapes.concat,
+    "relax.nn.pad": _pad,
     "relax.nn.dropout": _dropout,
     "relax.astype": _astype,
     "relax.quantize": _quantize,

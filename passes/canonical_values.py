@@ -42,7 +42,18 @@ class Array:
         return self.value.shape
 
 
-Value = Tensor | Array
+@dataclass(frozen=True)
+class Padded:
+    """A tensor between zeros that nobody has stored: a convolution takes them as padding of its own.
+
+    `around` has the zeros before and after each of the tensor's axes.
+    """
+
+    tensor: Tensor
+    around: tuple[tuple[int, int], ...]
+
+
+Value = Tensor | Array | Padded
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,8 @@ class UnsupportedFormError(Exception):
 
 def as_tensor(value: Any) -> Tensor:
     """Give a value that depends on the input."""
+    if isinstance(value, Padded):
+        raise UnsupportedFormError("it reads a tensor padded with zeros, which only a convolution does")
     if not isinstance(value, Tensor):
         raise UnsupportedFormError("it is computed from parameters alone")
     return value
@@ -171,6 +184,17 @@ def as_array(value: Any, what: str) -> Array:
 def ints(values: Any) -> list[int]:
     """Give TVM's integers as Python's."""
     return [int(value) for value in values]
+
+
+def without_padding(value: Value, layout: str) -> tuple[Value, list[int]]:
+    """Take the zeros off a 4-D tensor; they are given as top, left, bottom, right."""
+    if not isinstance(value, Padded) or len(value.around) != len(layout):
+        return value, [0, 0, 0, 0]
+    around = dict(zip(layout, value.around, strict=True))
+    if any(around["N"]) or any(around["C"]):
+        raise UnsupportedFormError("it reads a tensor padded along other axes than height and width")
+    (top, bottom), (left, right) = around["H"], around["W"]
+    return value.tensor, [top, left, bottom, right]
 
 
 def spatial(value: Value, layout: str) -> tuple[Tensor, tuple[int, ...]]:

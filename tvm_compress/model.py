@@ -153,6 +153,7 @@ class Model:
         cls,
         model: str | Path | onnx.ModelProto,
         *,
+        input_shape: Sequence[int] | None = None,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         class_names: Sequence[str] = (),
@@ -161,7 +162,8 @@ class Model:
         """Import an ONNX file or message; see `from_torch`.
 
         To keep batch norms, which exporters like to fold, export with
-        `torch.onnx.export(module, inputs, path, dynamo=True, optimize=False)`.
+        `torch.onnx.export(module, inputs, path, dynamo=True, optimize=False)`. Where the file leaves the size
+        of the images open, `input_shape` (1, C, H, W) says it.
 
         A model with QuantizeLinear and DequantizeLinear comes at the stage qdq with the file's own scales,
         and with a policy in its metadata. What the kernels do not take computes in float: a
@@ -170,7 +172,8 @@ class Model:
         from tvm_compress.importer.onnx_importer import import_onnx, read_onnx
 
         source = f"onnx:{Path(model).name}" if isinstance(model, str | Path) else "onnx"
-        found = import_onnx(read_onnx(Path(model)) if isinstance(model, str | Path) else model)
+        read = read_onnx(Path(model)) if isinstance(model, str | Path) else model
+        found = import_onnx(read, input_shape)
         said = {"source": source, **(metadata or {})}
         imported = _imported(found.module, mean, std, class_names, said)
         if get_stage(imported.module) != "qdq":

@@ -15,6 +15,7 @@ from tvm.script import relax as R
 
 from tests.passes.torch_networks import Branches, Residual, Sequential, example, import_torch, run
 from tvm_compress.errors import ModelError, UnsupportedOperatorError
+from tvm_compress.model import Model
 from tvm_compress.passes.canonicalize import SUPPORTED_OPERATORS, Canonicalize
 from tvm_compress.passes.graph import bindings, operator
 from tvm_compress.passes.params import get_params, get_stage, with_main, with_values
@@ -239,6 +240,55 @@ def test_training_mode_and_axes_are_refused(sequential):
         Canonicalize()(Mean)
     with pytest.raises(ModelError, match="12 parameters, but values for 0"):
         Canonicalize()(with_main(sequential.module, sequential.module["main"].without_attr("params")))
+
+
+class Padded(nn.Module):
+    """Strided convolutions padded as TensorFlow does it, more behind than before; (3, 8, 8) to 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2)
+        self.depthwise = nn.Conv2d(8, 8, 5, 2, padding=1, groups=8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(nn.functional.pad(x, (0, 1, 0, 1))))
+        x = self.depthwise(nn.functional.pad(x, (0, 1, 0, 1)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_padding_before_a_convolution_becomes_its_own(tmp_path):
+    made = example(Padded())
+    onnx_file = to_onnx(made.network, tmp_path / "x.onnx")
+    for module in (made.module, Model.from_onnx(onnx_file).module):
+        assert "relax.nn.pad" not in operators(module)
+        assert [site.padding for site in find_sites(module)][:2] == [(0, 0, 1, 1), (1, 1, 2, 2)]
+        np.testing.assert_allclose(run(module, made.x), made.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "mode", "zero", "reason"),
+    [
+        ((0, 0, 0, 0, 0, 1, 0, 1), "constant", 1.0, r"pads with 1.0 \(constant\), not with zeros"),
+        ((0, 0, 0, 0, 0, 1, 0, 1), "reflect", 0.0, r"pads with 0.0 \(reflect\), not with zeros"),
+        ((0, 0, 0, 0, 0, -1, 0, 0), "constant", 0.0, "cuts off"),
+        ((0, 0, 0, 2, 0, 0, 0, 0), "constant", 0.0, "other axes than height and width"),
+        ((0, 0, 0, 0, 0, 1, 0, 1), "constant", 0.0, "only a convolution"),
+    ],
+)
+def test_other_paddings_are_refused(width, mode, zero, reason):
+    x = relax.Var("x", relax.TensorType((1, 3, 8, 8), "float32"))
+    w = relax.Var("w", relax.TensorType((4, 5 if "axes" in reason else 3, 1, 1), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, w], attrs={"num_input": 1}):
+        with builder.dataflow():
+            padded = builder.emit(relax.op.nn.pad(x, width, mode, zero))
+            if "only" in reason:
+                padded = builder.emit(relax.op.nn.max_pool2d(padded, [3, 3], [2, 2]))
+            output = builder.emit_output(relax.op.nn.conv2d(padded, w))
+        builder.emit_func_output(output)
+    with pytest.raises(UnsupportedOperatorError, match=reason):
+        Canonicalize()(with_random_params(builder.finalize()))
 
 
 def test_dynamic_batch_is_refused():

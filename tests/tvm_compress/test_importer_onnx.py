@@ -280,6 +280,74 @@ def test_refused(case: str) -> None:
         Model.from_onnx(proto)
 
 
+def pads(opset: int, widths: list[int], value: float = 0.0, axes: list[int] | None = None) -> onnx.ModelProto:
+    """A convolution behind a Pad, as this opset spells it."""
+    arrays = values(w=(4, 2, 3, 3), head=(3, 4), bias=(3,))
+    if opset < 11:
+        pad = node("Pad", "image", "padded", pads=widths, value=value)
+    else:
+        arrays |= {"widths": np.asarray(widths), "value": np.asarray(value, np.float32)}
+        arrays |= {} if axes is None else {"axes": np.asarray(axes)}
+        pad = node("Pad", "image widths value" + (" axes" if axes else ""), "padded")
+    convolution = node("Conv", "padded w", "features", strides=[2, 2], pads=[1, 0, 0, 0])
+    nodes = [pad, convolution, *head()]
+    nodes[-1].input.append("bias")  # needed until opset 10
+    proto = graph(nodes, arrays)
+    proto.opset_import[0].version = opset
+    return proto
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        pads(10, [0, 0, 0, 0, 0, 0, 1, 1]),
+        pads(13, [0, 0, 0, 0, 0, 0, 1, 1]),
+        pads(18, [0, 0, 1, 1], axes=[-2, 3]),
+    ],
+)
+def test_pad_becomes_the_padding_of_the_convolution(proto: onnx.ModelProto) -> None:
+    module = Model.from_onnx(proto).module
+    assert find_sites(module)[0].padding == (1, 0, 1, 1)
+    x = RNG(0).normal(size=(1, 2, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(module, x), reference(proto, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        pads(13, [0, 0, 0, 0, 0, 0, 1, 1], value=0.5),
+        pads(13, [0, 0, -1, 0, 0, 0, 1, 1]),
+    ],
+)
+def test_other_pads_are_refused(proto: onnx.ModelProto) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="pad"):
+        Model.from_onnx(proto)
+
+
+def with_extents(*extents: int | str) -> onnx.ModelProto:
+    """A network whose file says so much of its input's size; -1 as PaddlePaddle writes what is open."""
+    nodes = [node("Conv", "image w", "features"), *head()]
+    proto = graph(nodes, values(**{"w": (4, 2, 3, 3), "head": (3, 4)}))
+    shape = helper.make_tensor_value_info("image", TensorProto.FLOAT, extents)
+    proto.graph.input[0].CopyFrom(shape)
+    return proto
+
+
+def test_size_that_the_file_leaves_open() -> None:
+    proto = with_extents(-1, 2, "height", -1)
+    with pytest.raises(ModelError, match=r"'image' is \[\?, 2, \?, \?\]: the file leaves its size open"):
+        Model.from_onnx(proto)
+    with pytest.raises(ModelError, match=r"which \(1, 3, 6, 6\) does not fit"):
+        Model.from_onnx(proto, input_shape=(1, 3, 6, 6))
+    with pytest.raises(ModelError, match=r"which \(2, 6, 6\) does not fit"):
+        Model.from_onnx(proto, input_shape=(2, 6, 6))
+    model = Model.from_onnx(proto, input_shape=(1, 2, 8, 6))
+    assert model.input_spec.shape == (1, 2, 8, 6)
+    x = RNG(0).normal(size=(1, 2, 8, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(model.module, x), reference(proto, x), rtol=1e-4, atol=1e-5)
+    assert Model.from_onnx(with_extents(-1, 2, 6, 6)).input_spec.shape == (1, 2, 6, 6)
+
+
 def test_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     with pytest.raises(ModelError, match="does not exist"):

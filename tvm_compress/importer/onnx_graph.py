@@ -8,7 +8,7 @@ is constant is a Constant node.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tvm_compress.errors import ModelError
+from tvm_compress.importer.onnx_padding import take_padding
 from tvm_compress.importer.onnx_qdq import (
     WeightGrid,
     activation_nodes,
@@ -81,13 +82,19 @@ class NormalizedGraph:
     refused: dict[str, str]
 
 
-def normalize_graph(model: onnx.ModelProto) -> NormalizedGraph:
+def normalize_graph(model: onnx.ModelProto, input_shape: Sequence[int] | None = None) -> NormalizedGraph:
     """Return a copy of the model in the form that the module's docstring describes, for batches of one image.
+
+    Parameters
+    ----------
+    input_shape
+        (1, C, H, W) for what the file leaves open; a batch that is left open is 1 image.
 
     Raises
     ------
     ModelError
-        If a layer was exported in training mode, or a constant cannot be computed.
+        If a layer was exported in training mode, a constant cannot be computed, or an extent of the input is
+        neither in the file nor given, or differs.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
@@ -95,9 +102,7 @@ def normalize_graph(model: onnx.ModelProto) -> NormalizedGraph:
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]
     for value in inputs:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) and not dims[0].HasField("dim_value"):
-            dims[0].dim_value = 1
+        _fix_extents(value, input_shape)
     del graph.input[:]
     graph.input.extend(inputs)
     # Shapes that the exporter wrote may still hold the symbolic batch.
@@ -107,6 +112,26 @@ def normalize_graph(model: onnx.ModelProto) -> NormalizedGraph:
     rewriter = _Rewriter(onnx.shape_inference.infer_shapes(fixed, data_prop=True))
     rewriter.run()
     return NormalizedGraph(rewriter.result(), rewriter.grids, rewriter.refused)
+
+
+def _fix_extents(value: onnx.ValueInfoProto, given: Sequence[int] | None) -> None:
+    """Write the extents that an input leaves open (a name, nothing, or -1) into it."""
+    dims = value.type.tensor_type.shape.dim
+    said = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
+    shown = f"[{', '.join('?' if extent is None else str(extent) for extent in said)}]"
+    if given is None:
+        given = [extent or int(axis == 0) for axis, extent in enumerate(said)]
+        if 0 in given:
+            raise ModelError(
+                f"The input {value.name!r} is {shown}: the file leaves its size open.",
+                "Say it, and save what was imported: "
+                "Model.from_onnx(path, input_shape=(1, 3, 224, 224)).save('net').",
+            )
+    fits = len(given) == len(said)
+    if not fits or any(want not in (None, extent) for want, extent in zip(said, given, strict=True)):
+        raise ModelError(f"The input {value.name!r} is {shown}, which {tuple(given)} does not fit.")
+    for dim, extent in zip(dims, given, strict=True):
+        dim.dim_value = extent
 
 
 class _Rewriter:
@@ -143,6 +168,9 @@ class _Rewriter:
             if self._fold(node) or self._skip(node) or self._add_bias(node):
                 continue
             if node.op_type == "Conv":
+                before = self.producer.get(node.input[0])
+                if before is not None and before.op_type == "Pad":
+                    take_padding(node, before, self.constants)
                 self._layer(node, self._constant(node, 1))
             elif node.op_type in ("Gemm", "MatMul"):
                 self._dense(node)
@@ -161,9 +189,11 @@ class _Rewriter:
             for name, value in self.constants.items()
             if name in used and name not in self.parameters
         ]
+        # A Pad whose zeros convolutions took over.
+        nodes = [node for node in self.nodes if node.op_type != "Pad" or node.output[0] in used]
         outputs = [self._identity_of(value.name) for value in graph.output if value.name in self.alias]
         rewritten = helper.make_graph(
-            [*constants, *self.nodes, *outputs],
+            [*constants, *nodes, *outputs],
             graph.name or "main",
             graph.input,
             graph.output,

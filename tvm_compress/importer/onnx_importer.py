@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,8 +46,10 @@ class ImportedOnnx:
     refused: Mapping[str, str]
 
 
-def import_onnx(model: onnx.ModelProto) -> ImportedOnnx:
+def import_onnx(model: onnx.ModelProto, input_shape: Sequence[int] | None = None) -> ImportedOnnx:
     """Turn an ONNX model into a Relax module whose parameters bear their layers' names.
+
+    `input_shape` (1, C, H, W) is for a file that leaves the size of its input open.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def import_onnx(model: onnx.ModelProto) -> ImportedOnnx:
         raise ModelError(f"The ONNX model is not valid: {str(error).splitlines()[0]}.") from error
     _check_operators(model)
     try:
-        graph = normalize_graph(model)
+        graph = normalize_graph(model, input_shape)
     except onnx.shape_inference.InferenceError as error:
         raise ModelError(f"The shapes in the ONNX model do not fit together: {error}.") from error
     try:
