@@ -1,6 +1,6 @@
 """Single convolutions in fp32 and INT8, compiled with a kernel of one's choice, for benchmarks of kernels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -86,7 +86,7 @@ def int8_module(
     return builder.get()
 
 
-MODULES = {"conv2d_fp32": fp32_module, "conv2d_int8": int8_module}
+MODULES: dict[str, Callable[..., tvm.IRModule]] = {"conv2d_fp32": fp32_module, "conv2d_int8": int8_module}
 
 
 def build_conv(

@@ -63,7 +63,9 @@ def compile_layer(loop: Loop, size: int, channels: int, path: Path) -> np.ndarra
     kind, _, algorithm = loop.kernel.partition(" ")
     shape = (1, size, size, channels)
     if algorithm:
-        conv_kernels.build_conv(f"conv2d_{kind}", (size, size, channels, channels), algorithm, target, path)
+        conv_kernels.build_conv(
+            f"conv2d_{kind}", (size, size, channels, channels), 1, algorithm, target, path
+        )
         return np.ones(shape, np.float32 if kind == "fp32" else np.int8)
     bits = int(kind[1]), int(kind[3])
     write_layer(size, channels, bits, "popcount", path)

@@ -1,10 +1,11 @@
 """Quantization of ResNet-20 and ResNet-18 w32, CIFAR-10 (JPEG q75): post-training, trained, and deployed.
 
 usage: python scripts/bench/quantization.py [--json FILE] [--shared FOLDER] [--cache FOLDER] [--only PART]
-                                            [--points N] [--kept]
+                                            [--network NAME] [--points N] [--kept]
 
 512 calibration images without labels give ranges, rounding and corrections. Accuracy is that of the integers
 (the twin's, which the built library's equal), on 5,000 test images. `quantization_training.py` trains first.
+Two networks of `quantization_others.py` (its first lines say what they need) get 8 bits without training.
 Each point is kept in the cache folder: an interrupted run goes on; `--points N` stops after N new ones,
 `--kept` writes what is there. The part "peer" needs the extra `bench` (ONNX Runtime).
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from bench_data import ROOT, kept
 from figures import Figure, write
+from quantization_others import CLASSIFIER, EFFICIENTNET, TASKS
 from quantization_training import (
     CALIBRATION_IMAGES,
     NETWORKS,
@@ -71,6 +73,7 @@ ON_THE_SMALL_ONE_ONLY = (
 CHOSEN_BY = 1000
 # Points of accuracy that may be lost.
 POST_TRAINING_GOALS = {(8, 8): 0.3, (4, 8): 1.5, (4, 4): 1.5}
+INT8_GOALS = {CLASSIFIER: 0.5, EFFICIENTNET: 1.0}
 TRAINED_GOALS = {(4, 4): 1.5, (2, 2): 4.0}
 # Images whose integers are compared, by device, and the policies.
 COMPARED = {"local": 256, "emulated-a72": 2}
@@ -89,11 +92,15 @@ class Bench:
     shared: Path | None
     cache: Path | None
     points: int
-    kept_only: bool = False
+    kept_only: bool
+    networks: list[str]
     missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tasks = {name: adapted_task(name, self.shared, self.cache) for name in NETWORKS}
+        self.tasks = {
+            name: TASKS[name](self.cache) if name in TASKS else adapted_task(name, self.shared, self.cache)
+            for name in self.networks
+        }
 
     def point(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Give a point that is kept, or measure it; None where only kept ones are wanted."""
@@ -190,6 +197,8 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
     for bits in (bits for name, bits in ROUNDS if name == task.name):
         add("trained", f"w{bits[0]}a{bits[1]}", lambda b=bits: qat(task, b))
     for bits, options in OPTIONS.items():
+        if task.name in TASKS and bits != (8, 8):
+            continue
         for name, how in options.items():
             if task.name != NETWORKS[0] and name in ON_THE_SMALL_ONE_ONLY:
                 continue
@@ -205,10 +214,12 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
     return found
 
 
-def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
+def figures_of(points: list[dict[str, Any]], networks: list[str]) -> list[Figure]:
     """The issue's figures."""
     figures = []
-    for network in NETWORKS:
+    for network in networks:
+        # The photos are too few for an accuracy: answers are compared with the dense network's.
+        what = "agreement" if network == EFFICIENTNET else "accuracy"
         mine = [p for p in points if p.get("network") == network]
         dense = next(p["accuracy"] for p in mine if p["kind"] == "dense")
         peers = [p for p in mine if p["kind"] == "peer"]
@@ -218,7 +229,8 @@ def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
             said = f"{100 * point['accuracy']:.2f} %, dense {100 * dense:.2f} %"
             return 100 * (dense - point["accuracy"]), f"{point.get('options', '')}; {said}".strip("; ")
 
-        for kind, goals in (("post-training", POST_TRAINING_GOALS), ("trained", TRAINED_GOALS)):
+        without_training = POST_TRAINING_GOALS | ({(8, 8): INT8_GOALS[network]} if network in TASKS else {})
+        for kind, goals in (("post-training", without_training), ("trained", TRAINED_GOALS)):
             for bits, goal in goals.items():
                 name = f"W{bits[0]}A{bits[1]}"
                 here = [p for p in mine if p["kind"] == kind and p["bits"] == name]
@@ -232,7 +244,7 @@ def figures_of(points: list[dict[str, Any]]) -> list[Figure]:
                 value, note = lost(chosen)
                 if kind == "trained":
                     note += f", {chosen['images_seen']:,} images seen"
-                title = f"{network}, {name} {kind}: accuracy lost"
+                title = f"{network}, {name} {kind}: {what} lost"
                 figures.append(Figure(title, value, "points", goal, "<=", note=note))
                 if bits == (8, 8) and best_peer is not None and nearest is not None:
                     gain = 100 * (nearest["accuracy"] - best_peer["accuracy"])
@@ -285,28 +297,32 @@ def main() -> None:
     """Run, write, print."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    known = [*NETWORKS, *TASKS]
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "figures" / "quantization.json")
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--only", choices=PARTS, action="append", help="repeatable; all by default")
+    parser.add_argument("--network", choices=known, action="append", help="repeatable; all by default")
     parser.add_argument("--points", type=int, default=-1, help="at most so many new ones")
     parser.add_argument("--kept", action="store_true", help="measure nothing, write the points that are kept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(arguments.shared, arguments.cache, arguments.points, arguments.kept)
+    networks = arguments.network or known
+    bench = Bench(arguments.shared, arguments.cache, arguments.points, arguments.kept, networks)
     try:
         points = measure(bench, arguments.only or list(PARTS))
     except EnoughError:
         return
     settings = {
-        "networks": "ResNet-20 (adapted to these images) and ResNet-18 w32, CIFAR-10 (JPEG q75)",
+        "networks": "ResNet-20 (adapted to these images) and ResNet-18 w32, CIFAR-10 (JPEG q75); "
+        "rapidocr's direction classifier, rendered lines; EfficientNet-Lite0, crops of 10 photos",
         "calibration images": CALIBRATION_IMAGES,
-        "test images": len(bench.tasks[NETWORKS[0]].split.test),
+        "test images": {name: len(task.split.test) for name, task in bench.tasks.items()},
         "first and last site": "8 bits",
         "not measured": bench.missing,
     }
     table = {"kind": "table", "table": options_table(points)}
-    write(arguments.json, "quantization", settings, figures_of(points), [*points, table])
+    write(arguments.json, "quantization", settings, figures_of(points, networks), [*points, table])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from networks import ResNet18, ResNet20
+from quantization_others import CLASSIFIER, EFFICIENTNET, EfficientNetLite0, classifier_onnx
 from quantization_training import Task
 
 from tvm_compress.compression import model_policy
@@ -20,18 +21,24 @@ from tvm_compress.twin import Twin
 # How ONNX Runtime finds ranges: its default, and by KL.
 METHODS = ("MinMax", "Entropy")
 BATCH = 64
+TORCH_NETWORKS = {"resnet20": ResNet20, "resnet18-w32": ResNet18, EFFICIENTNET: EfficientNetLite0}
 
 
 def _export(task: Task, path: Path) -> None:
-    """Write the float network, with the weights that our own module has."""
-    network = ResNet20() if task.name == "resnet20" else ResNet18()
+    """Write the float network: its own file, or a torch module with the weights that our module has."""
+    import onnx
+
+    if task.name == CLASSIFIER:
+        onnx.save(classifier_onnx(), str(path))
+        return
+    network = TORCH_NETWORKS[task.name]()
     state = {name: torch.from_numpy(value) for name, value in get_params(task.model.module).items()}
     unknown = network.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
         raise SystemExit(f"The network has no {unknown[0]}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        example = (torch.zeros(2, 3, 32, 32),)
+        example = (torch.zeros(2, *task.model.input_spec.shape[1:]),)
         dynamic = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(
             network.eval(), example, str(path), dynamo=True, dynamic_shapes=dynamic, verbose=False
