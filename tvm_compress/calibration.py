@@ -25,6 +25,8 @@ TAIL = 1e-4
 MEMORY = 0.9
 # Candidate ranges of a search per pass, as shares of the observed bound.
 _SHARES = np.linspace(1.0, 0.02, 99)
+# Of the values that are not 0, the least share within a range that "kl" chooses.
+LEAST_INSIDE = 0.75
 # Probability that stands for none where a divergence is taken.
 _NO_MASS = 1e-9
 
@@ -344,7 +346,8 @@ def _divergences(seen: Observation, low: _Bounds, high: _Bounds, bits: int) -> n
 
     p is the histogram with what lies outside of the range moved to its outermost bins; q is the histogram
     inside of the range, levelled over the bins that become the same integer. The bin that holds 0 is left
-    out, where ReLU leaves a peak that the grid represents exactly.
+    out, where ReLU leaves a peak that the grid represents exactly. Ranges that clip most values do not count:
+    of a distribution that is a single bin, the divergence is 0 again.
     """
     centers = seen.centers
     used = (seen.counts > 0) & (np.arange(BINS) != np.argmin(np.abs(centers)))
@@ -354,7 +357,7 @@ def _divergences(seen: Observation, low: _Bounds, high: _Bounds, bits: int) -> n
     for k, (scale, zero_point) in enumerate(zip(scales[:, 0], zero_points[:, 0], strict=True)):
         steps = np.rint(values / scale) + zero_point
         inside = np.flatnonzero((steps >= 0) & (steps <= levels))
-        if not len(inside):
+        if not len(inside) or counts[inside].sum() < LEAST_INSIDE * counts.sum():
             continue
         first, last = inside[0], inside[-1]
         p = counts[first : last + 1].copy()

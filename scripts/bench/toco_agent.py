@@ -5,11 +5,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from figures import Figure, Part
-from toco_curves import Masks, arrays, finished, timed
+from toco_curves import arrays, finished, timed
 
 from tvm_compress.compression import compress_model, compressed_model
 from tvm_compress.data.dataset import Split
@@ -20,7 +21,7 @@ from tvm_compress.passes.prune_channels import PruneChannels
 from tvm_compress.tolerance.algorithm1 import Algorithm1
 from tvm_compress.tolerance.compression_models import Pruning
 from tvm_compress.tolerance.grouping import Grouping
-from tvm_compress.tolerance.settings import TocoSettings
+from tvm_compress.tolerance.settings import ROUNDING, TocoSettings
 from tvm_compress.twin import Twin
 
 SAMPLE = "sample:resnet8-fashion"
@@ -90,16 +91,16 @@ def _channels_of_equal_latency(model: Model, split: Split, ratio: float) -> Comp
         if not iteration.accepted or iteration.size > (1 - STEP) * looked_at:
             continue
         looked_at = iteration.size
-        policy = _policy(grouping, {name: weight != 0 for name, weight in state.compressed.weights.items()})
+        masks = {name: weight != 0 for name, weight in state.compressed.weights.items()}
+        policy = _policy(grouping, grouping.kept_channels(masks, ROUNDING, state.importance.values()))
         pruned = compressed_model(model, policy, PruneChannels(policy)(model.module))
         if timed({"dense": model, "pruned": pruned}, "pruned", "host", "local")["ratio"] <= ratio:
             break
     return policy
 
 
-def _policy(grouping: Grouping, masks: Masks) -> CompressionPolicy:
-    """Policy of the channels that masks leave."""
-    kept = grouping.kept_channels(masks)
+def _policy(grouping: Grouping, kept: Mapping[str, tuple[int, ...]]) -> CompressionPolicy:
+    """Policy that keeps these channels of each coupled set."""
     return CompressionPolicy(
         sites={
             site: SitePolicy(kept=channels, group="channel")

@@ -137,6 +137,15 @@ def test_kl_range_has_the_least_divergence():
     assert found < 8
 
 
+def test_kl_does_not_clip_most_values():
+    # A gate of squeeze-and-excite, nearly always open: what holds one of the few bins below diverges by 0.
+    values = np.random.default_rng(0).normal(1.0, 0.05, 5000)
+    values[:3] = 0.1, 0.4, 0.45
+    low, high = observe(values, "kl").range("c", 8)
+    assert low == 0.0
+    assert np.mean(values > high) < 0.25
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_report_tells_the_share_that_is_clipped(module, images, method):
     calibration = calibrate(module, images, method, batch_size=16)

@@ -78,7 +78,7 @@ def loss_of(module: tvm.IRModule, data: Dataset) -> float:
 
 @pytest.mark.parametrize("group", ["element", "simd-4", "filter", "channel", "block-2x3"])
 def test_pruning_stays_within_the_loss_bound(module, split, group):
-    result = toco(module, split, replace(QUICK, group=group))
+    result = toco(module, split, replace(QUICK, group=group, rounding=1 if group == "channel" else None))
     before, after = loss_of(module, split.train), loss_of(result.module, split.train)
     assert after <= 1.5 * before * (1 + 1e-5)
     assert result.summary["loss_after"] == pytest.approx(after, rel=1e-4)
@@ -97,6 +97,21 @@ def test_pruning_stays_within_the_loss_bound(module, split, group):
     image = split.test.normalized(slice(0, 1))
     logits = vm["main"](tvm.runtime.tensor(image)).numpy()
     np.testing.assert_allclose(logits, Twin(result.module).predict(image), rtol=1e-3, atol=1e-4)
+
+
+def test_kept_channels_are_rounded_up(module, split):
+    exact = toco(module, split, replace(QUICK, group="channel", rounding=1))
+    rounded = toco(module, split, replace(QUICK, group="channel", rounding=5))
+    assert exact.summary["sparsity"] > rounded.summary["sparsity"] > 0
+    for site in find_sites(module)[:-1]:
+        everything = tuple(range(site.out_channels))
+        few, more = (result.policy[site.name].kept or everything for result in (exact, rounded))
+        assert len(more) == min(site.out_channels, -(-len(few) // 5) * 5)
+        assert set(few) <= set(more)
+    # The loss that is told is the rounded network's.
+    assert rounded.summary["loss_after"] == pytest.approx(loss_of(rounded.module, split.train), rel=1e-4)
+    assert (exact.policy.rounding, rounded.policy.rounding) == (1, 5)
+    assert replace(QUICK, group="channel").rounding == 8
 
 
 def test_whole_groups_go(module, split):
@@ -202,6 +217,8 @@ def test_labels_of_the_models_own(module, split):
         ({"group": "simd-0"}, "simd-0"),
         ({"group": "layer"}, "layer"),
         ({"objective": "quantize", "group": "channel"}, "channel"),
+        ({"group": "filter", "rounding": 8}, "rounding is 8 with group 'filter'"),
+        ({"group": "channel", "rounding": 0}, "rounding is 0"),
         ({"objective": "shrink"}, "shrink"),
         ({"sampling": "some"}, "some"),
         ({"percentile": 5.0}, "percentile"),

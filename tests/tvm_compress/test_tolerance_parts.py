@@ -141,6 +141,20 @@ class TestGrouping:
         assert kept["layer2.0.conv2"] == tuple(i for i in range(32) if i != 6)
         assert grouping.producers("layer2.0.conv2") == ("layer2.0.conv2", "layer2.0.short.0")
 
+    def test_the_most_important_channels_come_back(self, module):
+        need = self.need(module)
+        grouping = Grouping(module, "channel", tuple(need))
+        for name in ("layer2.0.conv1.weight", "layer2.0.bn1.weight", "layer2.0.bn1.bias"):
+            need[name][[1, 3, 5, 7]] = 0.5
+        masks = grouping.decide(need)
+        importance = {name: np.ones(mask.shape) for name, mask in masks.items()}
+        importance["layer2.0.conv1.weight"][5, 0, 0, 0] = 3.0
+        importance["layer2.0.conv1.weight"][3] = 2.0
+        total = len(masks["layer2.0.conv1.weight"])
+        kept = grouping.kept_channels(masks, total - 2, importance)
+        assert kept == {"layer2.0.conv1": tuple(i for i in range(total) if i not in (1, 7))}
+        assert grouping.kept_channels(masks, total, importance) == {}
+
     def test_unknown(self, module):
         with pytest.raises(SettingError, match="rows"):
             Grouping(module, "rows", ())

@@ -29,7 +29,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         *("equalize", "weight_rounding", "bias_correction", "calibration_plot"),
     ),
     "toco": (
-        *("objective", "group", "loss_bound", "sigma", "trust_radius", "iterations", "step", "sampling"),
+        *(
+            "objective",
+            "group",
+            "rounding",
+            "loss_bound",
+            "sigma",
+            "trust_radius",
+            "iterations",
+            "step",
+            "sampling",
+        ),
         *("images", "batches", "memory", "sensitivity", "percentile", "labels", "trials"),
         *("finetune_epochs", "learning_rate"),
     ),

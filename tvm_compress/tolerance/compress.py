@@ -91,6 +91,10 @@ def toco(
         if progress is not None:
             progress(iteration)
     compressed, policy = _result(module, state, settings, grouping)
+    loss, size = state.loss, done[-1].size if done else 1.0
+    if settings.group == "channel":
+        # Rounding brought some back, and what read the others' outputs is gone, too.
+        loss, size = Twin(compressed).loss(x, y), _weights_of(compressed) / _weights_of(module)
     if settings.finetune_epochs:
         # Channels that are gone need no holding.
         held = {} if settings.group == "channel" else state.compressed.weights
@@ -102,10 +106,9 @@ def toco(
             seed=settings.seed,
             observer=HoldWeights(compressed, held, zeros_only=settings.objective == "prune"),
         )
-    summary = _summary(state, done, loop.dense_loss, settings, split.labels) | {
-        "seconds": time.perf_counter() - started
-    }
-    return MethodResult(compressed, policy, summary)
+    summary = _summary(done, settings, split.labels, size)
+    summary |= {"loss_before": loop.dense_loss, "loss_after": loss}
+    return MethodResult(compressed, policy, summary | {"seconds": time.perf_counter() - started})
 
 
 def _compression_model(
@@ -123,7 +126,7 @@ def _facts(module: tvm.IRModule, x: np.ndarray, y: np.ndarray, settings: TocoSet
     images = hashlib.sha256(np.ascontiguousarray(x).data)
     images.update(np.ascontiguousarray(y).data)
     values = asdict(settings)
-    for name in ("iterations", "finetune_epochs", "learning_rate", "target"):
+    for name in ("iterations", "rounding", "finetune_epochs", "learning_rate", "target"):
         del values[name]
     return {"model": model_fingerprint(module), "data": images.hexdigest()[:16], **values}
 
@@ -138,7 +141,7 @@ def _result(
     masks = {name: weight != 0 for name, weight in weights.items()}
     sites = find_sites(module)
     if settings.group == "channel":
-        kept = grouping.kept_channels(masks)
+        kept = grouping.kept_channels(masks, settings.rounding or 1, state.importance.values())
         chosen = {
             site: SitePolicy(kept=channels, group="channel")
             for name, channels in kept.items()
@@ -180,6 +183,7 @@ def _policy(sites: list[Site], chosen: Mapping[str, SitePolicy], settings: TocoS
     return CompressionPolicy(
         sites=dict(chosen),
         target=settings.target,
+        rounding=settings.rounding or 1,
         seed=settings.seed,
         found_by="toco",
         model=fingerprint(sites),
@@ -217,15 +221,16 @@ class HoldWeights:
         """Nothing to do."""
 
 
-def _summary(
-    state: State, done: list[Iteration], dense_loss: float, settings: TocoSettings, labels: str
-) -> dict[str, Any]:
-    size = done[-1].size if done else 1.0
+def _weights_of(module: tvm.IRModule) -> int:
+    """How many weights the sites have."""
+    params = get_params(module)
+    return sum(params[site.weight].size for site in find_sites(module))
+
+
+def _summary(done: list[Iteration], settings: TocoSettings, labels: str, size: float) -> dict[str, Any]:
     result: dict[str, Any] = {
         "iterations": len(done),
         "accepted": sum(iteration.accepted for iteration in done),
-        "loss_before": dense_loss,
-        "loss_after": state.loss,
     }
     if settings.objective == "prune":
         result["sparsity"] = 1 - size

@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 
 from tvm_compress.errors import SettingError
-from tvm_compress.passes.groups import CoupledSet, Cut, find_coupled_sets
+from tvm_compress.passes.groups import CoupledSet, Cut, find_coupled_sets, round_channels
 from tvm_compress.passes.params import get_params
 from tvm_compress.passes.policy import GROUP
 from tvm_compress.passes.sites import find_sites
@@ -85,12 +85,27 @@ class Grouping:
                 _channels_of(masks[cut.parameter], cut, one.channels)[~kept] = False
         return masks
 
-    def kept_channels(self, masks: Values) -> dict[str, tuple[int, ...]]:
-        """Return the channels that masks leave, by the name of each set that loses some."""
+    def kept_channels(
+        self, masks: Values, rounding: int = 1, importance: Values | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the channels that masks leave, by the name of each set that loses some.
+
+        Parameters
+        ----------
+        rounding
+            Channels that masks take come back until a multiple of this is left: kernels take as long without
+            them.
+        importance
+            By parameter, needed above a rounding of 1: of a set's channels the most important come back.
+        """
         result = {}
         for one in self._sets:
             cut = _made_by(one, self._trainable)[0]
-            kept = _channels_of(masks[cut.parameter], cut, one.channels).any(axis=1)
+            kept = np.asarray(_channels_of(masks[cut.parameter], cut, one.channels).any(axis=1))
+            wanted = round_channels(int(kept.sum()), one.channels, rounding)
+            if importance is not None and wanted > kept.sum():
+                worth = _channels_of(importance[cut.parameter], cut, one.channels).max(axis=1)
+                kept[np.argsort(np.where(kept, np.inf, worth), kind="stable")[-wanted:]] = True
             if not kept.all():
                 result[one.name] = tuple(int(index) for index in np.flatnonzero(kept))
         return result

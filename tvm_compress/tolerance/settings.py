@@ -8,6 +8,8 @@ from tvm_compress.passes.policy import GROUP
 
 OBJECTIVES = ("prune", "quantize")
 SENSITIVITIES = ("weight", "filter")
+# Channels, as everywhere else: fills the vectors of all kernels.
+ROUNDING = 8
 SAMPLINGS = ("active", "random", "all")
 
 
@@ -22,6 +24,9 @@ class TocoSettings:
     group
         What is decided together. Prune: "element", "simd-N", "filter", "channel", "block-MxN" (see
         `Grouping`). Quantize: "layer", "filter", "element" and the tiles. "" is "element", or "layer".
+    rounding
+        With group "channel": kept channels are rounded up to a multiple of this, since kernels take as long
+        for fewer; 8 if nothing is said, 1 keeps what the tolerances leave.
     loss_bound
         The loss may grow to this many times the uncompressed model's; above 1.
     sigma
@@ -64,6 +69,7 @@ class TocoSettings:
 
     objective: str = "prune"
     group: str = ""
+    rounding: int | None = None
     loss_bound: float = 1.05
     sigma: float = 1.02
     trust_radius: float = 0.25
@@ -93,6 +99,13 @@ class TocoSettings:
             object.__setattr__(self, "sensitivity", "filter" if self.objective == "prune" else "weight")
         _choose("sensitivity", self.sensitivity, SENSITIVITIES)
         self._check_group()
+        if self.group == "channel" and self.rounding is None:
+            object.__setattr__(self, "rounding", ROUNDING)
+        if self.rounding is not None and (self.group != "channel" or self.rounding < 1):
+            raise SettingError(
+                f"rounding is {self.rounding} with group {self.group!r}.",
+                "It goes with group channel, and is at least 1.",
+            )
         for name in ("loss_bound", "sigma"):
             value = getattr(self, name)
             if not (value > 1 and math.isfinite(value)):
