@@ -42,6 +42,8 @@ X86_GOALS = {("ResNet-18 w64", "fp32"): {"ONNX Runtime": 0.65}}
 X86_GOALS[("ResNet-18 w64", "int8")] = {"ONNX Runtime": 0.95, "XNNPACK": 0.95}
 # M estimated cycles, instructions only, where less is wanted than the fastest peer takes.
 A72_GOALS = {("ResNet-18 w64", "fp32"): 52.0, ("ResNet-18 w64", "int8"): 42.0}
+# With the waits for memory: of each kernel the larger of its instructions' cycles and its memory's.
+A72_MEMORY_GOALS = {("ResNet-18 w64", "fp32"): 60.0}
 # Bits of weights and activations: most of our INT8's time on x86, and M estimated cycles on the Cortex-A72.
 FEW_BITS_X86 = {(1, 1): 0.22, (2, 1): 0.38, (2, 2): 0.65, (2, 4): 0.8}
 FEW_BITS_A72 = {(4, 5): 36.0, (2, 5): 36.0, (2, 2): 32.0, (1, 1): 12.0}
@@ -201,6 +203,10 @@ def on_a72(names: Sequence[str], schemes: Sequence[str], arguments: argparse.Nam
                     f"{peer}, counted with the same emulator", f"{peer} {counted} M",
                 )
             )  # fmt: skip
+        if (name, scheme) in A72_MEMORY_GOALS:
+            goal = A72_MEMORY_GOALS[name, scheme]
+            title = f"Cortex-A72 {scheme}, {name}: with waits for memory"
+            figures.append(Figure(title, cycles["chosen"] / 1e6, "M estimated cycles (emulated)", goal, "<="))
     return figures, {"runs": rows}
 
 
