@@ -2,8 +2,8 @@
 
 usage: python scripts/bench/esn.py [--json docs/figures/esn.json] [--shared FOLDER] [--cache FOLDER] [--quick]
 
-What is trained or evaluated is kept in the cache folder, so that an interrupted run goes on. Fine-tuning takes
-12 epochs of the 45,000 training images (the paper: 4 epochs of ImageNet), on one thread.
+What is trained or evaluated is kept in the cache folder, so that an interrupted run goes on. Fine-tuning
+takes 12 epochs of the 45,000 training images (the paper: 4 epochs of ImageNet), on one thread.
 """
 
 import argparse
