@@ -114,6 +114,20 @@ def test_kept_channels_are_rounded_up(module, split):
     assert replace(QUICK, group="channel").rounding == 8
 
 
+def test_worth_of_operations_takes_what_is_multiplied_often(module, split):
+    def left(worth):
+        result = toco(module, split, replace(QUICK, worth=worth))
+        params = get_params(result.module)
+        shares = {
+            s.name: np.count_nonzero(params[s.weight]) / params[s.weight].size for s in find_sites(module)
+        }
+        return shares
+
+    alike, counted = left("weights"), left("operations")
+    first, last = find_sites(module)[0].name, find_sites(module)[-1].name
+    assert counted[first] / counted[last] < alike[first] / alike[last]
+
+
 def test_whole_groups_go(module, split):
     weights = get_params(toco(module, split, replace(QUICK, group="simd-4")).module)["b.weight"]
     zeros = (weights == 0).reshape(3, 4, -1).sum(axis=1)
@@ -219,6 +233,8 @@ def test_labels_of_the_models_own(module, split):
         ({"objective": "quantize", "group": "channel"}, "channel"),
         ({"group": "filter", "rounding": 8}, "rounding is 8 with group 'filter'"),
         ({"group": "channel", "rounding": 0}, "rounding is 0"),
+        ({"worth": "time"}, "worth is 'time'"),
+        ({"objective": "quantize", "worth": "operations"}, "goes with objective prune"),
         ({"objective": "shrink"}, "shrink"),
         ({"sampling": "some"}, "some"),
         ({"percentile": 5.0}, "percentile"),

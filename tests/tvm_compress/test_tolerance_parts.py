@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.tvm_compress.twin_networks import random_resnet8, resnet8_module
 from tvm_compress.errors import SettingError
 from tvm_compress.passes.params import get_params
+from tvm_compress.passes.sites import find_sites
 from tvm_compress.tolerance.bits import MAX_BITS, bits_from_tolerances, quantize_uniform
 from tvm_compress.tolerance.committee import Committee, distances_to_centres, divergence
 from tvm_compress.tolerance.grouping import Grouping, needed_moves
@@ -140,6 +141,28 @@ class TestGrouping:
         assert list(kept) == ["layer2.0.conv2"]
         assert kept["layer2.0.conv2"] == tuple(i for i in range(32) if i != 6)
         assert grouping.producers("layer2.0.conv2") == ("layer2.0.conv2", "layer2.0.short.0")
+
+    def test_operations_of_a_weight_and_of_a_channel(self, module):
+        trainable = tuple(self.need(module))
+        sites = {site.weight: site for site in find_sites(module)}
+        each = Grouping(module, "filter", trainable).operations()
+        pixels = {name: site.macs / np.prod(site.weight_shape) for name, site in sites.items()}
+        assert pixels["fc.weight"] == 1
+        for name, share in each.items():
+            assert share / each["fc.weight"] == pytest.approx(pixels[name])
+        assert np.exp(np.mean(np.log(list(each.values())))) == pytest.approx(1)
+        channels = Grouping(module, "channel", trainable).operations()
+
+        def gone(makers, readers):
+            made = sum(sites[name].macs / sites[name].weight_shape[0] for name in makers)
+            return made + sum(sites[name].macs / sites[name].weight_shape[1] for name in readers)
+
+        inner = gone(["layer2.0.conv1.weight"], ["layer2.0.conv2.weight"])
+        readers = ["layer3.0.conv1.weight", "layer3.0.short.0.weight"]
+        outer = gone(["layer2.0.conv2.weight", "layer2.0.short.0.weight"], readers)
+        assert channels["layer2.0.bn1.bias"] == channels["layer2.0.conv1.weight"]
+        ratio = channels["layer2.0.conv1.weight"] / channels["layer2.0.short.0.weight"]
+        assert ratio == pytest.approx(inner / outer)
 
     def test_the_most_important_channels_come_back(self, module):
         need = self.need(module)

@@ -56,6 +56,7 @@ from tvm_compress.cli.options import (
     TrialsOption,
     TrustRadiusOption,
     WeightRoundingOption,
+    WorthOption,
 )
 from tvm_compress.cli.output import describe_memory, print_json, print_lines, print_table
 from tvm_compress.compression import compile_model, model_policy, model_ranges, twin_logits
@@ -164,6 +165,7 @@ def compress(
     iterations: IterationsOption = None,
     step: StepOption = None,
     sensitivity: SensitivityOption = None,
+    worth: WorthOption = None,
     batches: BatchesOption = None,
     memory: MemoryOption = None,
     sampling: SamplingOption = None,

@@ -40,7 +40,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
             "step",
             "sampling",
         ),
-        *("images", "batches", "memory", "sensitivity", "percentile", "labels", "trials"),
+        *("images", "batches", "memory", "sensitivity", "worth", "percentile", "labels", "trials"),
         *("finetune_epochs", "learning_rate"),
     ),
     "fastlc": (

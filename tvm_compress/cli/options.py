@@ -211,6 +211,13 @@ SensitivityOption = Annotated[
         rich_help_panel="toco",
     ),
 ]
+WorthOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What a pruned weight counts: weights (all alike), operations (its multiplications).",
+        rich_help_panel="toco",
+    ),
+]
 StepOption = Annotated[
     float | None,
     typer.Option(

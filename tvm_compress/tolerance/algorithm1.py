@@ -242,7 +242,7 @@ class Algorithm1:
         return {n: t.reshape(gradients[n].shape) for n, t in zip(names, tolerances, strict=True)}
 
     def _gradients(self, state: State) -> dict[str, np.ndarray]:
-        """Return |g| at the state's weights, by parameter."""
+        """Return |g| at the state's weights, by parameter, divided by what the weights are worth."""
         self._write(state.compressed.weights)
         fresh: dict[str, np.ndarray] = {}
         batches = self._batches(state)
@@ -257,7 +257,8 @@ class Algorithm1:
             old = state.squares.get(name, np.float32(0))
             state.squares[name] = (np.float32(kept) * old + np.float32(1 - kept) * square).astype(np.float32)
         found = {name: np.sqrt(square) for name, square in state.squares.items()}
-        return found if self._settings.sensitivity == "weight" else shrink_to_filters(found)
+        found = found if self._settings.sensitivity == "weight" else shrink_to_filters(found)
+        return {name: g / np.float32(self._model.worth.get(name, 1)) for name, g in found.items()}
 
     def _batches(self, state: State) -> list[np.ndarray | slice]:
         settings, n = self._settings, len(self._x)

@@ -115,7 +115,7 @@ def _compression_model(
     module: tvm.IRModule, settings: TocoSettings, grouping: Grouping | None
 ) -> CompressionModel:
     if grouping is not None:
-        return Pruning(grouping)
+        return Pruning(grouping, settings.worth == "operations")
     params = get_params(module)
     weights = {site.weight: params[site.weight] for site in find_sites(module)}
     return Quantization(weights, settings.group, settings.percentile)

@@ -26,9 +26,16 @@ class Compressed:
 
 
 class CompressionModel(Protocol):
-    """φ, its box, and the step from tolerances to compressed weights."""
+    """φ, its box, and the step from tolerances to compressed weights.
+
+    Attributes
+    ----------
+    worth
+        By parameter, how much a weight's compression counts; 1 where nothing is said.
+    """
 
     parameters: tuple[str, ...]
+    worth: Mapping[str, float]
 
     def start(self, weights: Values) -> Compressed:
         """Return the uncompressed state."""
@@ -47,11 +54,12 @@ class CompressionModel(Protocol):
 
 
 class Pruning:
-    """Weights go to zero, group by group."""
+    """Weights go to zero, group by group; `by_operations`: each counts as much as it is multiplied."""
 
-    def __init__(self, grouping: Grouping) -> None:
+    def __init__(self, grouping: Grouping, by_operations: bool = False) -> None:
         self._grouping = grouping
         self.parameters = grouping.parameters
+        self.worth: Mapping[str, float] = grouping.operations() if by_operations else {}
 
     def start(self, weights: Values) -> Compressed:
         """Return the uncompressed state."""
@@ -93,6 +101,7 @@ class Quantization:
 
     def __init__(self, weights: Values, group: str, percentile: float) -> None:
         self.parameters = tuple(weights)
+        self.worth: Mapping[str, float] = {}
         self._original = dict(weights)
         self._group, self._percentile = group, percentile
         self._span = {name: float(np.ptp(weight)) for name, weight in weights.items()}

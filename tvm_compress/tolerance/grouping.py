@@ -54,6 +54,7 @@ class Grouping:
             wanted = {site.weight for site in find_sites(module)}
         self.parameters = tuple(name for name in get_params(module) if name in wanted)
         self._trainable = tuple(trainable)
+        self._sites = {site.weight: site for site in find_sites(module)}
 
     def decide(self, need: Values) -> dict[str, np.ndarray]:
         """Return masks, False where a weight goes: a group goes only if every member may.
@@ -84,6 +85,25 @@ class Grouping:
                 # A view: what is written is written into the mask.
                 _channels_of(masks[cut.parameter], cut, one.channels)[~kept] = False
         return masks
+
+    def operations(self) -> dict[str, float]:
+        """Return, by parameter, the multiplications that go with one of its weights, as a share of the mean.
+
+        With "channel": those that go with a channel, of the sites that make it and of those that read it. The
+        mean is geometric, over the parameters.
+        """
+        found: dict[str, float] = {}
+        if self.group == "channel":
+            for one in self._sets:
+                gone = 0.0
+                for cut in one.cuts:
+                    site = self._sites.get(cut.parameter)
+                    gone += site.macs * cut.repeat / site.weight_shape[cut.axis] if site is not None else 0.0
+                found |= {cut.parameter: gone for cut in _made_by(one, self._trainable)}
+        else:
+            found = {name: site.macs / np.prod(site.weight_shape) for name, site in self._sites.items()}
+        mean = np.exp(np.mean([np.log(found[name]) for name in self.parameters]))
+        return {name: float(found[name] / mean) for name in self.parameters}
 
     def kept_channels(
         self, masks: Values, rounding: int = 1, importance: Values | None = None

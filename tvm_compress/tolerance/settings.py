@@ -10,6 +10,7 @@ OBJECTIVES = ("prune", "quantize")
 SENSITIVITIES = ("weight", "filter")
 # Channels, as everywhere else: fills the vectors of all kernels.
 ROUNDING = 8
+WORTHS = ("weights", "operations")
 SAMPLINGS = ("active", "random", "all")
 
 
@@ -52,6 +53,9 @@ class TocoSettings:
     sensitivity
         Whose |g| a weight's tolerance follows: its own ("weight", the paper's), or "filter", the geometric
         mean of its filter's and the network's. Default: "filter" for pruning, "weight" for quantization.
+    worth
+        For "prune": what a weight that goes counts, "weights" (1, the paper's) or "operations" (as often as
+        it is multiplied: tolerances are larger in proportion).
     percentile
         Of a group's tolerances, for "quantize": 0 is the least, as in the paper.
     labels
@@ -82,6 +86,7 @@ class TocoSettings:
     batch_size: int = 32
     memory: float = 0.9
     sensitivity: str = ""
+    worth: str = "weights"
     percentile: float = 0.0
     labels: str = "data"
     seed: int = 0
@@ -98,6 +103,9 @@ class TocoSettings:
         if not self.sensitivity:
             object.__setattr__(self, "sensitivity", "filter" if self.objective == "prune" else "weight")
         _choose("sensitivity", self.sensitivity, SENSITIVITIES)
+        _choose("worth", self.worth, WORTHS)
+        if self.worth != "weights" and self.objective != "prune":
+            raise SettingError(f"worth {self.worth!r} goes with objective prune.", "Leave it out.")
         self._check_group()
         if self.group == "channel" and self.rounding is None:
             object.__setattr__(self, "rounding", ROUNDING)
