@@ -237,15 +237,15 @@ def figures_of(points: list[dict[str, Any]], networks: list[str]) -> list[Figure
                 # Of what is offered with bias correction: what is nearest to the dense network elsewhere.
                 offered = [p for p in here if "bias correction" in p.get("options", "")]
                 nearest = min(offered, key=lambda p: p["divergence"], default=None)
-                # The default for 8 bits.
-                chosen = here[0] if here and (bits == (8, 8) or kind == "trained") else nearest
-                if chosen is None:
-                    continue
-                value, note = lost(chosen)
-                if kind == "trained":
-                    note += f", {chosen['images_seen']:,} images seen"
-                title = f"{network}, {name} {kind}: {what} lost"
-                figures.append(Figure(title, value, "points", goal, "<=", note=note))
+                # At 8 bits the default stands beside it.
+                default = here[:1] if kind == "trained" or bits == (8, 8) else []
+                for chosen in (*default, *([] if nearest is None else [nearest])):
+                    value, note = lost(chosen)
+                    if kind == "trained":
+                        note += f", {chosen['images_seen']:,} images seen"
+                    corrected = ", bias corrected" if bits == (8, 8) and chosen is nearest else ""
+                    title = f"{network}, {name} {kind}{corrected}: {what} lost"
+                    figures.append(Figure(title, value, "points", goal, "<=", note=note))
                 if bits == (8, 8) and best_peer is not None and nearest is not None:
                     gain = 100 * (nearest["accuracy"] - best_peer["accuracy"])
                     note = f"{nearest['options']}: {100 * nearest['accuracy']:.2f} %; "
