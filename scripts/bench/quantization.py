@@ -204,7 +204,8 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
                 continue
             key = f"w{bits[0]}a{bits[1]} {name}"
             add("post-training", key, lambda b=bits, h=how, n=name: post_training(task, b, h, n))
-    for method in METHODS:
+    # Entropy keeps what all layers give on all images: more than 20 GB with images of this size.
+    for method in METHODS[:1] if task.name == EFFICIENTNET else METHODS:
         add("peer", method, lambda m=method: quantize(task, m, IMPORT_IMAGES))
     if task.name == NETWORKS[-1]:
         for device, images in COMPARED.items():
