@@ -11,6 +11,12 @@ from tvm import relax
 
 from tests.schedules.test_apply import residual_network
 from tests.schedules.test_winograd import conv_module
+from tvm_compress.model import load_model
+from tvm_compress.passes.codebook_weights import CodebookWeights
+from tvm_compress.passes.params import get_params, set_params
+from tvm_compress.passes.pipeline import build
+from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
+from tvm_compress.passes.sites import find_sites
 from tvm_compress.schedules import apply, winograd
 from tvm_compress.schedules.memory import memory_use
 from tvm_compress.schedules.target_rules import parse_target
@@ -49,6 +55,20 @@ def test_activations_are_what_the_vm_allocates() -> None:
     weights = sum(part.nbytes for part in w)
     assert weights + fc.nbytes <= used.constants <= weights + 2 * fc.nbytes
     assert used.peak == used.constants + used.activations + used.workspace == used.to_dict()["peak_bytes"]
+
+
+def test_weights_in_a_codebook_are_constants_as_indices_and_activations_once_expanded() -> None:
+    dense = load_model("sample:resnet8-fashion").module
+    weights = {site.weight: get_params(dense)[site.weight] for site in find_sites(dense)}
+    signs = {name: np.copysign(np.float32(0.1), w) for name, w in weights.items()}
+    policy = CompressionPolicy(sites={s.name: SitePolicy(codebook_bits=1) for s in find_sites(dense)})
+    compiled = build(CodebookWeights(policy)(set_params(dense, signs)), "host")
+    used = memory_use(compiled.module, compiled.target)
+    # 32 times less than float32, besides biases, codebooks and the padding of indices to whole bytes.
+    stored = sum(w.size for w in weights.values()) / 8
+    assert stored < used.constants < 2 * stored
+    x = np.zeros((1, 1, 28, 28), np.float32)
+    assert used.activations == allocated_by_the_vm(compiled.executable, x)
 
 
 @pytest.mark.parametrize("cores", [1, 2])
