@@ -26,10 +26,11 @@ TORCH_NETWORKS = {"resnet20": ResNet20, "resnet18-w32": ResNet18, EFFICIENTNET: 
 
 def _export(task: Task, path: Path) -> None:
     """Write the float network: its own file, or a torch module with the weights that our module has."""
-    import onnx
+    import onnx.version_converter
 
     if task.name == CLASSIFIER:
-        onnx.save(classifier_onnx(), str(path))
+        # Scales for each channel came with opset 13; the file has 11.
+        onnx.save(onnx.version_converter.convert_version(classifier_onnx(), 13), str(path))
         return
     network = TORCH_NETWORKS[task.name]()
     state = {name: torch.from_numpy(value) for name, value in get_params(task.model.module).items()}
