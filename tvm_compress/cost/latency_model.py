@@ -1,9 +1,9 @@
-"""A latency model: xgboost on the logarithm of each kernel's time.
+"""A latency model: xgboost and a Gaussian process on the logarithm of each kernel's time.
 
 The model predicts how far a kernel is from an analytic cost (`features.analytic_cost`), so that a shape
 unlike all that were measured still gets the right order of magnitude. Several boosters, each fitted to
-another part of the rows, give a mean and an error: how far they are apart, scaled by how far they were
-off on the rows that each had not seen. With too few measured kernels the model is the analytic cost
+another part of the rows, and the process give a mean and an error: how far they are apart, scaled by how far
+they were off on rows that they had not seen. With too few measured kernels the model is the analytic cost
 alone, scaled to them, and says so (`trained` is False). A model that was fitted before may take the analytic
 cost's place: then only what differs from it is learned. One thread and a seed: the same rows give the same
 model.
@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from tvm_compress.cost import gaussian_process
 from tvm_compress.cost.features import FEATURE_NAMES, Kernel, analytic_cost, kernel_vector
+from tvm_compress.cost.gaussian_process import GaussianProcess
 from tvm_compress.errors import StudyError
 from tvm_compress.files import write_text
 
-VERSION = 4
+VERSION = 5
 
 # Fewer distinct kernels than this cannot tell shapes from noise.
 MIN_ROWS = 24
@@ -77,6 +79,7 @@ class LatencyModel:
     error_scale: float = 1.0
     prior: "LatencyModel | None" = None
     _boosters: list[Any] = field(default_factory=list)
+    _process: GaussianProcess | None = None
 
     @property
     def trained(self) -> bool:
@@ -105,7 +108,7 @@ class LatencyModel:
         """
         usable = [row for row in rows if math.isfinite(row.value) and row.value > 0]
         self.rows = len(usable)
-        self._boosters = []
+        self._boosters, self._process = [], None
         if not usable:
             self.scale = 1.0
             return self
@@ -123,12 +126,16 @@ class LatencyModel:
         for held_out in range(FOLDS):
             data = xgboost.DMatrix(vectors[fold != held_out], target[fold != held_out])
             self._boosters.append(xgboost.train(_PARAMETERS | base, data, _ROUNDS))
+        self._process, left_out = gaussian_process.fit(vectors, target)
         each = self._predict_each(vectors)
-        off = np.abs(each[fold, np.arange(self.rows)] - target)
-        # The booster that had not seen a row, against the disagreement of all of them there.
-        self.error_scale = float(np.sqrt(np.mean(off**2)) / max(np.sqrt(np.mean(each.var(axis=0))), 1e-9))
+        unseen = (each[fold, np.arange(self.rows)] + left_out) / 2
+        # What had not seen a row, against the disagreement of all there.
+        apart = _spread(each, left_out)
+        off = np.sqrt(np.mean((unseen - target) ** 2))
+        self.error_scale = float(off / max(np.sqrt(np.mean(apart**2)), 1e-9))
 
     def _predict_each(self, vectors: np.ndarray) -> np.ndarray:
+        """What each booster predicts: [FOLDS, n]."""
         import xgboost
 
         data = xgboost.DMatrix(vectors)
@@ -142,10 +149,11 @@ class LatencyModel:
         """Time of one call of each kernel, and its standard error as a share of it."""
         bounds, errors = self._expected(kernels)
         values = bounds * self.scale
-        if self._boosters and len(kernels):
-            each = self._predict_each(np.stack([kernel_vector(kernel) for kernel in kernels]))
-            errors = np.maximum(self.error_scale * each.std(axis=0), LEAST_ERROR)
-            values = bounds * np.exp(each.mean(axis=0))
+        if self._process is not None and len(kernels):
+            vectors = np.stack([kernel_vector(kernel) for kernel in kernels])
+            each, smooth = self._predict_each(vectors), self._process.predict(vectors)
+            errors = np.maximum(self.error_scale * _spread(each, smooth), LEAST_ERROR)
+            values = bounds * np.exp((each.mean(axis=0) + smooth) / 2)
         return [(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,7 +168,12 @@ class LatencyModel:
         """Plain values: all that predictions depend on, and the provenance."""
         numbers = {name: getattr(self, name) for name in _STORED}
         boosters = [json.loads(booster.save_raw("json")) for booster in self._boosters]
-        return numbers | {"boosters": boosters, "prior": self.prior and self.prior.to_dict()}
+        process = self._process and self._process.to_dict()
+        return numbers | {
+            "boosters": boosters,
+            "process": process,
+            "prior": self.prior and self.prior.to_dict(),
+        }
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LatencyModel":
@@ -191,8 +204,15 @@ class LatencyModel:
         if values["boosters"]:
             import xgboost
 
+            model._process = GaussianProcess.from_dict(values["process"])
+
             for raw in values["boosters"]:
                 booster = xgboost.Booster({"nthread": 1})
                 booster.load_model(bytearray(json.dumps(raw).encode()))
                 model._boosters.append(booster)
         return model
+
+
+def _spread(each: np.ndarray, smooth: np.ndarray) -> np.ndarray:
+    """How far boosters [FOLDS, n] and process [n] are from their common mean, as a standard deviation [n]."""
+    return np.sqrt(each.var(axis=0) + ((each.mean(axis=0) - smooth) / 2) ** 2)
