@@ -11,6 +11,7 @@ Each point is kept in the cache folder: an interrupted run goes on; `--points N`
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,9 +76,9 @@ CHOSEN_BY = 1000
 POST_TRAINING_GOALS = {(8, 8): 0.3, (4, 8): 1.5, (4, 4): 1.5}
 INT8_GOALS = {CLASSIFIER: 0.5, EFFICIENTNET: 1.0}
 TRAINED_GOALS = {(4, 4): 1.5, (2, 2): 4.0}
-# Images whose integers are compared, by device, and the policies.
-COMPARED = {"local": 256, "emulated-a72": 2}
-EMULATED = ("W8A8", "W2A2", "mixed")
+# Where integers are compared, and on how many images.
+DEVICES = ("local", "emulated-a72")
+COMPARED = 256
 IMPORT_IMAGES = 500
 
 
@@ -208,10 +209,9 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
     for method in METHODS[:1] if task.name == EFFICIENTNET else METHODS:
         add("peer", method, lambda m=method: quantize(task, m, IMPORT_IMAGES))
     if task.name == NETWORKS[-1]:
-        for device, images in COMPARED.items():
-            for policy in POLICIES if device == "local" else EMULATED:
-                make = lambda p=policy, d=device, n=images: compare(task, p, d, n)  # noqa: E731
-                add("artifact", f"{policy} {device}", make)
+        for device, policy in itertools.product(DEVICES, POLICIES):
+            make = lambda p=policy, d=device: compare(task, p, d, COMPARED)  # noqa: E731
+            add("artifact", f"{policy} {device}", make)
     return found
 
 
