@@ -24,6 +24,7 @@ from toco_curves import (
 from tvm_compress.compression import compressed_model
 from tvm_compress.passes.policy import CompressionPolicy
 from tvm_compress.passes.prune_weights import PruneWeights
+from tvm_compress.schedules.target_rules import parse_target, rules_for
 from tvm_compress.twin import Twin
 
 
@@ -85,10 +86,9 @@ def _figure10() -> dict[str, Any]:
     """Latency of LeNet-5 whose dense layers TOCO pruned by vectors until one point was lost."""
     model, split = network("lenet5-fashion")
     result = {}
-    for device_name, target, group in (
-        ("local", "host", "simd-8"),
-        ("emulated-a72", "raspberry-pi/4b-aarch64", "simd-4"),
-    ):
+    for device_name, target in (("local", "host"), ("emulated-a72", "raspberry-pi/4b-aarch64")):
+        # What goes together are the vectors of the target.
+        group = f"simd-{rules_for(parse_target(target)).fp32_lanes}"
         settings = replace(PRUNE, group=group)
         run = prune_run(model, split, settings, lost=1.5)
         good = [
