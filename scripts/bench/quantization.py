@@ -25,9 +25,9 @@ from figures import Figure, write
 from quantization_others import CLASSIFIER, EFFICIENTNET, TASKS
 from quantization_training import (
     CALIBRATION_IMAGES,
+    EPOCHS,
     NETWORKS,
-    ROUND_IMAGES,
-    ROUNDS,
+    RATES,
     Task,
     adapted_task,
     policy_of,
@@ -155,7 +155,7 @@ def qat(task: Task, bits: tuple[int, int]) -> dict[str, Any]:
         "kind": "trained",
         "network": task.name,
         "bits": f"W{bits[0]}A{bits[1]}",
-        "images_seen": len(ROUNDS[task.name, bits]) * ROUND_IMAGES,
+        "images_seen": EPOCHS * len(task.split.train),
         "accuracy": task.evaluate(trained(task, bits)),
     }
 
@@ -195,7 +195,7 @@ def jobs(task: Task) -> list[tuple[str, Job]]:
         slug = "".join(c if c.isalnum() else "-" for c in name)
         found.append((part, (task.folder / f"{part}-{slug}.json", make)))
 
-    for bits in (bits for name, bits in ROUNDS if name == task.name):
+    for bits in (bits for name, bits in RATES if name == task.name):
         add("trained", f"w{bits[0]}a{bits[1]}", lambda b=bits: qat(task, b))
     for bits, options in OPTIONS.items():
         if task.name in TASKS and bits != (8, 8):
