@@ -1,48 +1,59 @@
-"""Other runtimes beside our kernels, for `kernels.py`: timed on this machine, counted on the Cortex-A72.
+"""Other runtimes beside our kernels, for `kernels.py`: how each gets a network's file, and their times.
 
 A network is given to each in float32, or quantized: activations to 8 bits by what one image shows (to U8 for
-ONNX Runtime, with which it is fast on x86), weights to 8 bits per channel.
+ONNX Runtime on x86, where it is fast with them), weights to 8 bits per channel. `kernel_peer_run.py` starts
+them.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kernel_peer_run import START
 from torch import nn
 
 WARM_UP = 5
 # Gives, for a number of threads, a function that computes one inference.
 Start = Callable[[int], Callable[[], Any]]
-# (network, scheme): the peer with the least M estimated cycles, and these: of ONNX Runtime 1.22.1, LiteRT
-# 2.0.2 (XNNPACK), ncnn and MNN 3.6.1, counted with the same emulator and block model, instructions only.
-COUNTED = {
-    ("ResNet-18 w64", "fp32"): ("ncnn", 58.9),
-    ("ResNet-18 w64", "int8"): ("ncnn", 45.6),
-    ("ResNet-18 w32", "fp32"): ("ncnn", 18.6),
-    ("ResNet-18 w32", "int8"): ("ncnn", 13.4),
-    ("ResNet-8 32x32x3", "fp32"): ("MNN", 2.35),
-    ("ResNet-8 32x32x3", "int8"): ("ncnn", 2.08),
-    ("MobileNetV2 96", "fp32"): ("ncnn", 18.8),
-    ("MobileNetV2 96", "int8"): ("XNNPACK", 11.7),
-    ("MobileNetV2 224", "fp32"): ("XNNPACK", 91.0),
-    ("MobileNetV2 224", "int8"): ("XNNPACK", 61.6),
-}
 
 
-# Packages of each peer.
-PACKAGES = {"ONNX Runtime": ("onnxruntime",), "XNNPACK": ("ai-edge-litert",)}
+@dataclass(frozen=True)
+class Peer:
+    """Another runtime.
+
+    Parameters
+    ----------
+    packages
+        That it needs; the first of them runs.
+    write
+        Gives the file that it takes: of a network, an input, a scheme and a device, in a folder.
+    schemes
+        That it is compared in.
+    """
+
+    packages: tuple[str, ...]
+    write: Callable[[nn.Module, np.ndarray, str, str, Path], Path]
+    schemes: tuple[str, ...] = ("fp32", "int8")
 
 
 def versions(peer: str) -> str:
-    """Packages of a peer with their versions; nothing where it is not installed, or is none of PACKAGES."""
+    """Packages of a peer with their versions; nothing where one is not installed, or it is none of PEERS."""
     try:
-        return ", ".join(f"{name} {version(name)}" for name in PACKAGES.get(peer, ()))
+        packages = PEERS[peer].packages if peer in PEERS else ()
+        return ", ".join(f"{name} {version(name)}" for name in packages)
     except PackageNotFoundError:
         return ""
+
+
+def installed(scheme: str) -> dict[str, Peer]:
+    """Peers that are here and know the scheme."""
+    return {name: peer for name, peer in PEERS.items() if versions(name) and scheme in peer.schemes}
 
 
 def fastest(run: Callable[[], Any], calls: int) -> float:
@@ -55,27 +66,37 @@ def fastest(run: Callable[[], Any], calls: int) -> float:
     return min(times[WARM_UP:])
 
 
-def onnx_runtime(network: nn.Module, x: np.ndarray, scheme: str, folder: Path) -> Start:
-    """ONNX Runtime, as its releases come."""
-    import onnxruntime
+def start_peer(name: str, network: nn.Module, x: np.ndarray, scheme: str, folder: Path) -> Start:
+    """Write a peer's file for this machine and make it ready to run."""
+    if name == "torch":
+        return lambda threads: _torch(network, x, threads)
+    path = PEERS[name].write(network, x, scheme, "local", folder)
+    return lambda threads: START[name](path, x, threads)
 
+
+def _torch(network: nn.Module, x: np.ndarray, threads: int) -> Callable[[], Any]:
+    image = torch.from_numpy(x)
+
+    def run() -> Any:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return network(image)
+
+    return run
+
+
+def _write_nothing(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
+    raise NotImplementedError("torch runs the network itself, and has no aarch64 wheel without CUDA.")
+
+
+def _write_onnx(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
     path = folder / "network.onnx"
     torch.onnx.export(network, (torch.from_numpy(x),), path, dynamo=True, external_data=False, verbose=False)
-    if scheme == "int8":
-        path = _quantized_onnx(path, x)
-
-    def start(threads: int) -> Callable[[], Any]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: x}
-        return lambda: session.run(None, feed)
-
-    return start
+    return path if scheme == "fp32" else _quantized_onnx(path, x, device)
 
 
-def _quantized_onnx(path: Path, x: np.ndarray) -> Path:
-    """Quantize statically: U8 activations, with which it is fast on x86, and weights per channel."""
+def _quantized_onnx(path: Path, x: np.ndarray, device: str) -> Path:
+    """Quantize statically, weights per channel; activations U8 on x86, where that is fast, else S8."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -97,30 +118,44 @@ def _quantized_onnx(path: Path, x: np.ndarray) -> Path:
         str(quantized),
         Images(),
         quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
+        activation_type=QuantType.QUInt8 if device == "local" else QuantType.QInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
     )
     return quantized
 
 
-def xnnpack(network: nn.Module, x: np.ndarray, scheme: str, folder: Path) -> Start:
-    """XNNPACK as LiteRT brings it along, which delegates to it whatever it can."""
-    from ai_edge_litert.interpreter import Interpreter
+def _write_tflite(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
     from kernel_tflite import write_tflite
 
-    path = write_tflite(network, x, scheme, folder / "network.tflite")
-
-    def start(threads: int) -> Callable[[], Any]:
-        interpreter = Interpreter(str(path), num_threads=threads)
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.transpose(0, 2, 3, 1))
-        return interpreter.invoke
-
-    return start
+    return write_tflite(network, x, scheme, folder / "network.tflite")
 
 
-PEERS: dict[str, Callable[[nn.Module, np.ndarray, str, Path], Start]] = {
-    "ONNX Runtime": onnx_runtime,
-    "XNNPACK": xnnpack,
+def _write_ncnn(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
+    from kernel_ncnn import write_ncnn
+
+    return write_ncnn(network, x, scheme, folder)
+
+
+def _write_mnn(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
+    """Convert the ONNX file; the network's names of inputs and outputs lie beside it."""
+    import _tools
+    import onnx
+
+    source = _write_onnx(network, x, "fp32", device, folder)
+    path = folder / "network.mnn"
+    command = ["mnnconvert", "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path)]
+    _tools.mnnconvert([*command, "--bizCode", "bench"])
+    graph = onnx.load(str(source)).graph
+    names = {"inputs": [i.name for i in graph.input], "outputs": [o.name for o in graph.output]}
+    path.with_suffix(".json").write_text(json.dumps(names))
+    return path
+
+
+PEERS = {
+    "ONNX Runtime": Peer(("onnxruntime",), _write_onnx),
+    "XNNPACK": Peer(("ai-edge-litert",), _write_tflite),
+    "ncnn": Peer(("ncnn", "pnnx"), _write_ncnn),
+    "MNN": Peer(("MNN",), _write_mnn, schemes=("fp32",)),
+    "torch": Peer(("torch",), _write_nothing, schemes=("fp32",)),
 }
