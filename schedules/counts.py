@@ -8,6 +8,7 @@ and branches count both ways: these are features of a model, not a simulation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import tvm
 from tvm import s_tir, tirx
@@ -32,7 +33,12 @@ NAMES = (
     "iterations",  # of loops that are not unrolled
     "divisions",  # of positions, in statements that are no sums
     "workspace_bytes",
+    # Extents of the innermost loops around the statement that executes most, innermost first.
+    "inner_trips",
+    "middle_trips",
+    "outer_trips",
 )
+_TRIPS = NAMES[-3:]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class _Loops:
     unrolled: int = 1
     lanes: int = 1
     trips: int = 1  # of the serial loops since the last one that holds several statements
+    extents: tuple[int, ...] = ()  # of the serial loops, outermost first
     vector: tirx.Var | None = None  # of the vectorised loop; within a block, the block's axis that it moves
 
     @property
@@ -55,13 +62,19 @@ class _Loops:
             return replace(self, lanes=self.lanes * extent, vector=loop.loop_var)
         if loop.kind == tirx.ForKind.UNROLLED:
             return replace(self, unrolled=self.unrolled * extent)
-        return replace(self, serial=self.serial * extent, trips=self.trips * extent)
+        return replace(
+            self,
+            serial=self.serial * extent,
+            trips=self.trips * extent,
+            extents=(*self.extents, extent) if extent > 1 else self.extents,
+        )
 
 
 @dataclass
 class _Counter:
     vector_bits: int
     found: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NAMES, 0.0))
+    most: int = 0  # vectors that the statement executing most has computed
 
     def visit(self, stmt: tirx.Stmt, loops: _Loops, reduces: bool = False) -> None:
         """Count what a statement executes within its loops."""
@@ -101,6 +114,10 @@ class _Counter:
     def _count_store(self, store: tirx.BufferStore, loops: _Loops, reduces: bool) -> None:
         lanes = loops.lanes * _lanes(store.value)
         kind = "sum" if reduces else "vector" if lanes > 1 else "scalar"
+        work = loops.runs * self._vectors(store.value, loops.lanes)
+        if work > self.most:
+            self.most = work
+            self.found |= zip_longest(_TRIPS, loops.extents[: -len(_TRIPS) - 1 : -1], fillvalue=1)
         if reduces:
             self.found["sum_trips"] = max(self.found["sum_trips"], float(loops.trips))
             self.found["sum_tile"] = max(self.found["sum_tile"], float(loops.unrolled))

@@ -49,6 +49,10 @@ def counted(func: tirx.PrimFunc, bits: int) -> dict[str, float]:
     return {name: value for name, value in found.items() if value}
 
 
+def trips(inner: int, middle: int = 1, outer: int = 1) -> dict[str, float]:
+    return {"inner_trips": inner, "middle_trips": middle, "outer_trips": outer}
+
+
 def test_vectors_count_by_the_targets_width():
     # 16 floats are two vectors of 256 bits, four of 128.
     assert counted(pointwise, 256) == {
@@ -57,12 +61,13 @@ def test_vectors_count_by_the_targets_width():
         "vector_stores": 4 * 2,
         "products": 4 * 2,
         "iterations": 4,
+        **trips(4),
     }
     assert counted(pointwise, 128)["vector_ops"] == 4 * 2 * 4
 
 
 def test_positions_that_are_divided_count():
-    loops = {"iterations": 64, "divisions": 2 * 64}
+    loops = {"iterations": 64, "divisions": 2 * 64, **trips(64)}
     assert counted(fused_loops, 128) == {"scalar_loads": 64, "scalar_stores": 64, **loops}
 
 
@@ -71,6 +76,8 @@ def test_sums_are_told_from_what_surrounds_them():
     assert found["sum_ops"] == 8 * 32
     assert found["sum_loads"] == 2 * 8 * 32
     assert found["sum_trips"] == 8 * 32
+    # Those of the sum, not of the copy.
+    assert trips(32, 8).items() <= found.items()
     assert found["workspace_bytes"] == 8 * 4
     # The init, counted as often as the sum, and the copy.
     assert found["scalar_stores"] == 8 * 32 + 8
