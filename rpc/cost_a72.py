@@ -35,6 +35,9 @@ UNCOVERED_RATE = 1
 #: a cycle, and 24 cycles in all, which is 4 GB/s at 1.5 GHz (STREAM on a Raspberry Pi 4 finds 4.8 to 5.6).
 L1_MISS_CYCLES = 8
 L2_MISS_CYCLES = 16
+#: Bytes of a line and of the second cache; as in native/caches.h.
+LINE_BYTES = 64
+L2_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -333,6 +333,22 @@ class Session(ABC):
         self.close()
 
 
+@dataclass(frozen=True)
+class LastCache:
+    """The last cache before a device's memory, and what is not in it.
+
+    Attributes
+    ----------
+    size
+        In bytes.
+    time_per_byte
+        What reading a byte from memory takes, in the device's unit.
+    """
+
+    size: int
+    time_per_byte: float
+
+
 class Device(ABC):
     """A machine, or the emulation of one, that runs and times libraries."""
 
@@ -344,6 +360,8 @@ class Device(ABC):
     target_triple: str = ""
     #: How its unit is defined, where that may change: figures of two definitions are not compared.
     definition: str = ""
+    #: Where it is known.
+    last_cache: LastCache | None = None
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads

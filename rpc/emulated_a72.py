@@ -17,7 +17,9 @@ from tvm_compress.errors import DeviceError, SettingError
 from tvm_compress.rpc.block_model import BlockModel
 from tvm_compress.rpc.cost_a72 import (
     L1_MISS_CYCLES,
+    L2_BYTES,
     L2_MISS_CYCLES,
+    LINE_BYTES,
     Cost,
     estimate,
     read_counts,
@@ -27,6 +29,7 @@ from tvm_compress.rpc.device import (
     Candidate,
     Device,
     DeviceFailedError,
+    LastCache,
     LatencyResult,
     MeasurementSettings,
     Session,
@@ -67,6 +70,7 @@ class EmulatedA72(Device):
     unit = "estimated_cycles"
     target_triple = "aarch64-linux-gnu"
     definition = f"max(compute, memory of {L1_MISS_CYCLES} + {L2_MISS_CYCLES} cycles a line)"
+    last_cache = LastCache(L2_BYTES, (L1_MISS_CYCLES + L2_MISS_CYCLES) / LINE_BYTES)
 
     def __init__(self, threads: int = 1, remember: bool = True) -> None:
         _check_threads(threads)

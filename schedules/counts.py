@@ -8,7 +8,6 @@ and branches count both ways: these are features of a model, not a simulation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 
 import tvm
 from tvm import s_tir, tirx
@@ -117,7 +116,8 @@ class _Counter:
         work = loops.runs * self._vectors(store.value, loops.lanes)
         if work > self.most:
             self.most = work
-            self.found |= zip_longest(_TRIPS, loops.extents[: -len(_TRIPS) - 1 : -1], fillvalue=1)
+            extents = (1,) * len(_TRIPS) + loops.extents
+            self.found |= zip(_TRIPS, map(float, reversed(extents)), strict=False)
         if reduces:
             self.found["sum_trips"] = max(self.found["sum_trips"], float(loops.trips))
             self.found["sum_tile"] = max(self.found["sum_tile"], float(loops.unrolled))

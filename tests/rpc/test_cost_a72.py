@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 from fractions import Fraction
 from pathlib import Path
@@ -12,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_compress.errors import DeviceError, SettingError
+from tvm_compress.rpc import emulation_kit
 from tvm_compress.rpc.block_model import BlockModel
 from tvm_compress.rpc.cost_a72 import (
     L1_MISS_CYCLES,
+    L2_BYTES,
     L2_MISS_CYCLES,
+    LINE_BYTES,
     Counts,
     KernelCost,
     estimate,
@@ -29,6 +33,13 @@ from tvm_compress.rpc.emulation_kit import prepare
 
 NOP, RET, BRANCH_BACK = 0xD503201F, 0xD65F03C0, 0x54FFFFE1  # b.ne .-4
 ADD_ONE = 0x91000400  # add x0, x0, #1
+
+
+def test_the_caches_are_those_that_are_emulated():
+    header = Path(emulation_kit.__file__).with_name("native") / "caches.h"
+    said = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", header.read_text())}
+    assert 1 << said["LINE_BITS"] == LINE_BYTES
+    assert said["L2_SETS"] * said["L2_WAYS"] * LINE_BYTES == L2_BYTES
 
 
 @pytest.fixture(scope="module")

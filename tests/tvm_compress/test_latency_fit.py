@@ -65,6 +65,25 @@ def test_the_sampler_draws_different_policies_the_same_for_a_seed(meter: Latency
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_kernels_of_a_network_beyond_the_last_cache_read_their_weights_from_memory(tmp_path: Path):
+    torch.manual_seed(0)
+    # 640 KB of weights each: one fits into 1 MB, all do not.
+    network = nn.Sequential(nn.Flatten(), *(nn.Linear(400, 400) for _ in range(3)))
+    model = Model.from_torch(network.eval(), (torch.zeros(1, 1, 20, 20),))
+    target = parse_target("raspberry-pi/4b-aarch64")
+    store = MeasurementStore(tmp_path / "m.sqlite")
+    with LatencyMeter(open_device("emulated-a72"), target, store, model.input_spec.shape) as meter:
+        meter.set_dense(model.module, "dense")
+        kernels = kernel_infos(lower(model.module, target), target)
+        alone = {key: result.value for key, result in meter.time_kernels(kernels).items()}
+        there = meter.in_network(kernels, alone)
+        first = meter.in_network(kernels[:1], alone)
+    sums = [sum(times[k.key] * k.count for k in kernels) for times in (alone, there)]
+    assert sums[0] < 0.7 * meter.dense.value
+    assert sums[1] == pytest.approx(meter.dense.value, rel=0.1)
+    assert first == {kernels[0].key: alone[kernels[0].key]}
+
+
 def test_constants_of_quantization_do_not_make_another_kernel():
     sample = load_sample("resnet8-fashion")
     int8 = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)

@@ -190,6 +190,21 @@ class LatencyMeter:
                     self._put(_kernel_key(kernel), result, facts)
         return found
 
+    def in_network(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> dict[str, float]:
+        """Time of one call of each kernel of a network, by key, as it is there, from what it is alone.
+
+        Alone, a kernel finds in the device's last cache the weights that its run before has left there. In a
+        network whose kernels' weights do not fit into it together, each reads its own from memory, and takes
+        at least as long as that.
+        """
+        cache = self.device.last_cache
+        weights = sum(kernel.features["weight_bytes"] * kernel.count for kernel in kernels)
+        passed = max((k.features["input_bytes"] + k.features["output_bytes"] for k in kernels), default=0.0)
+        if cache is None or weights + passed <= cache.size:
+            return {kernel.key: times[kernel.key] for kernel in kernels}
+        floors = {k.key: k.features["weight_bytes"] * cache.time_per_byte for k in kernels}
+        return {key: max(times[key], floor) for key, floor in floors.items()}
+
     def _build_kernels(self, kernels: Sequence[KernelInfo]) -> None:
         """Build kernels into a new library, under new names: those of several networks may share one."""
         if not kernels:

@@ -148,7 +148,8 @@ def evaluate_latency_model(
             key: (predicted[key], times[key]) for key in predicted if key in times and key not in seen
         }
         if whole.ok and all(k.key in times for k in infos):
-            sums = [sum(by[k.key] * k.count for k in infos) for by in (predicted, times)]
+            there = [meter.in_network(infos, by) for by in (predicted, times)]
+            sums = [sum(by[k.key] * k.count for k in infos) for by in there]
             networks.append((*sums, whole.value))
         progress(number + 1, policies)
     factor = float(np.median([whole / timed for _, timed, whole in networks]))

@@ -151,7 +151,10 @@ class KernelLatency:
     def _total(self, kernels: Sequence[KernelInfo]) -> float | None:
         """Sum of kernels, or None where the device fails on one."""
         times = self._time(kernels)
-        return _sum(kernels, times) if all(kernel.key in times for kernel in kernels) else None
+        if any(kernel.key not in times for kernel in kernels):
+            return None
+        times = self._meter.in_network(kernels, times)
+        return sum(times[kernel.key] * kernel.count for kernel in kernels)
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
         """Latency without the whole network."""
@@ -180,10 +183,6 @@ class KernelLatency:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values."""
         self.checks = [(total, whole) for total, whole in state["checks"]]
-
-
-def _sum(kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> float:
-    return sum(times[kernel.key] * kernel.count for kernel in kernels)
 
 
 def least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
@@ -283,13 +282,14 @@ class HybridLatency(KernelLatency):
     def _predict(self, kernels: Sequence[KernelInfo]) -> tuple[float, dict[str, float]]:
         """Sum of kernels, known or predicted; how far each of these may be off in it, by its key."""
         unknown = [kernel for kernel in kernels if kernel.key not in self._rows]
-        total = sum(self._rows[k.key].value * k.count for k in kernels if k.key in self._rows)
+        times = {k.key: self._rows[k.key].value for k in kernels if k.key in self._rows}
         errors: dict[str, float] = {}
         for kernel, (value, error) in zip(unknown, self.model.predict_with_errors(unknown), strict=True):
-            total += value * kernel.count
+            times[kernel.key] = value
             # The same kernel may be called by several names.
             errors[kernel.key] = errors.get(kernel.key, 0.0) + error * value * kernel.count
-        return total, errors
+        times = self._meter.in_network(kernels, times)
+        return sum(times[kernel.key] * kernel.count for kernel in kernels), errors
 
     def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
         """As the other; a kernel that was timed once keeps its time, corrected for drift."""
