@@ -18,7 +18,7 @@ import numpy as np
 
 # As in tvm_compress/rpc/native/counting.h.
 _SYSCALL, _CODE, _DATA, _BEGIN, _WARM, _END = 0xA72, 1, 2, 3, 4, 5
-# By peer: the module to import, and the library of it that computes.
+# By peer that has an aarch64 wheel without CUDA: the module to import, and the library of it that computes.
 MODULES = {
     "ONNX Runtime": ("onnxruntime", "onnxruntime_pybind11_state"),
     "XNNPACK": ("ai_edge_litert.interpreter", "libpywrap_litert_common"),
@@ -101,11 +101,26 @@ def mnn(path: Path, x: np.ndarray, threads: int) -> Callable[[], Any]:
     return lambda: network.forward(image).read()
 
 
+def torch(path: Path, x: np.ndarray, threads: int) -> Callable[[], Any]:
+    """The network itself, in torch."""
+    import torch
+
+    network, image = torch.load(path, weights_only=False), torch.from_numpy(x)
+    torch.set_num_threads(threads)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return network(image)
+
+    return run
+
+
 START: dict[str, Callable[[Path, np.ndarray, int], Callable[[], Any]]] = {
     "ONNX Runtime": onnx_runtime,
     "XNNPACK": xnnpack,
     "ncnn": ncnn,
     "MNN": mnn,
+    "torch": torch,
 }
 
 
@@ -140,7 +155,7 @@ def main() -> None:
     tell(_CODE, base, max(last for _, last, _ in own))
     run = START[peer](Path(path), x, 1)
     run()
-    # All memory but the stack's neighbours above everything else; room for what is allocated later.
+    # All that is mapped below the stack, with room for what is allocated later.
     tell(_DATA, 0, max(last for _, last, name in _mappings() if name and "[" not in name) + (1 << 30))
     tell(_BEGIN)
     run()

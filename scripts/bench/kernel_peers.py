@@ -68,25 +68,8 @@ def fastest(run: Callable[[], Any], calls: int) -> float:
 
 def start_peer(name: str, network: nn.Module, x: np.ndarray, scheme: str, folder: Path) -> Start:
     """Write a peer's file for this machine and make it ready to run."""
-    if name == "torch":
-        return lambda threads: _torch(network, x, threads)
     path = PEERS[name].write(network, x, scheme, "local", folder)
     return lambda threads: START[name](path, x, threads)
-
-
-def _torch(network: nn.Module, x: np.ndarray, threads: int) -> Callable[[], Any]:
-    image = torch.from_numpy(x)
-
-    def run() -> Any:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            return network(image)
-
-    return run
-
-
-def _write_nothing(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
-    raise NotImplementedError("torch runs the network itself, and has no aarch64 wheel without CUDA.")
 
 
 def _write_onnx(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
@@ -152,10 +135,16 @@ def _write_mnn(network: nn.Module, x: np.ndarray, scheme: str, device: str, fold
     return path
 
 
+def _write_torch(network: nn.Module, x: np.ndarray, scheme: str, device: str, folder: Path) -> Path:
+    path = folder / "network.pt"
+    torch.save(network, path)
+    return path
+
+
 PEERS = {
     "ONNX Runtime": Peer(("onnxruntime",), _write_onnx),
     "XNNPACK": Peer(("ai-edge-litert",), _write_tflite),
     "ncnn": Peer(("ncnn", "pnnx"), _write_ncnn),
     "MNN": Peer(("MNN",), _write_mnn, schemes=("fp32",)),
-    "torch": Peer(("torch",), _write_nothing, schemes=("fp32",)),
+    "torch": Peer(("torch",), _write_torch, schemes=("fp32",)),
 }

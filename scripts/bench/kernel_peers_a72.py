@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_data import cache_folder
-from kernel_peer_run import START
+from kernel_peer_run import MODULES
 from kernel_peers import PEERS, installed, versions
 from torch import nn
 
@@ -153,10 +153,10 @@ def _fetch_wheels(root: Path, wheels: list[str]) -> None:
 
 def count_peers(network: nn.Module, x: np.ndarray, scheme: str) -> dict[str, PeerCost]:
     """Cost of one inference of each peer that is installed here and has an aarch64 wheel."""
-    peers = {name: peer for name, peer in installed(scheme).items() if name in START}
+    peers = {name: peer for name, peer in installed(scheme).items() if name in MODULES}
     if not peers:
         return {}
-    guest = prepare_guest([PEERS[name].packages[0] for name in START if versions(name)])
+    guest = prepare_guest([PEERS[name].packages[0] for name in MODULES if versions(name)])
     found = {}
     for name, peer in peers.items():
         with tempfile.TemporaryDirectory() as folder:
