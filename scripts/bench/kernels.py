@@ -210,7 +210,7 @@ def a72_figures(row: Mapping[str, Any]) -> list[Figure]:
                 f"{row['memory_bound'] / cycles['chosen']:.0%} of them in kernels that wait for memory",
             )
         )  # fmt: skip
-    # Of peers it is not known where one kernel ends: ours count as one here, too.
+    # All kernels count as one where it is not known of a peer where each of its kernels ends.
     terms = {
         "instructions only": ("compute_cycles", row["compute_cycles"], A72_GOALS),
         "with waits for memory, all kernels as one": (
