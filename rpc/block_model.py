@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -100,12 +103,16 @@ class BlockModel:
         by_iterations: dict[int, list[int]] = {}
         for index, block in enumerate(blocks):
             by_iterations.setdefault(_iterations(len(block) // 4), []).append(index)
-        result = {}
-        for iterations, indices in sorted(by_iterations.items()):
+
+        def simulate(iterations: int) -> dict[bytes, Fraction]:
+            indices = by_iterations[iterations]
             totals = self._simulate([assembly[i] for i in indices], iterations)
-            for index, total in zip(indices, totals, strict=True):
-                result[blocks[index]] = Fraction(total, iterations)
-        return result
+            return {blocks[i]: Fraction(n, iterations) for i, n in zip(indices, totals, strict=True)}
+
+        # Processes of their own, which have the processors to themselves meanwhile.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            each = list(threads.map(simulate, sorted(by_iterations)))
+        return {block: cycles for found in each for block, cycles in found.items()}
 
     def _disassemble(self, blocks: Sequence[bytes]) -> list[list[str]]:
         """Assembly of each block, one instruction an element."""
@@ -136,6 +143,7 @@ def _iterations(instructions: int) -> int:
     return max(_FEWEST_ITERATIONS, min(_MOST_ITERATIONS, _SIMULATED_INSTRUCTIONS // instructions))
 
 
+@functools.cache
 def _version(tool: str) -> str:
     match = re.search(r"LLVM version (\S+)", _run([tool, "--version"], ""))
     return match.group(1) if match else "unknown"

@@ -227,9 +227,7 @@ def estimate(code: Code, counts: Counts, model: BlockModel) -> Cost:
     model
         Gives the cycles of blocks.
     """
-    by_kernel: dict[str, list[Block]] = {}
-    for block in split_blocks(code, counts.executed):
-        by_kernel.setdefault(code.owner(block.address), []).append(block)
+    by_kernel = _blocks_by_kernel(code, counts)
     hot = {name: _hottest(blocks) for name, blocks in by_kernel.items()}
     cycles = model.cycles({block.words for blocks in hot.values() for block in blocks})
     missed = _misses_by_kernel(code, counts)
@@ -242,6 +240,19 @@ def estimate(code: Code, counts: Counts, model: BlockModel) -> Cost:
         kernels[name] = KernelCost(instructions, compute, *missed.get(name, (0, 0)))
         covered += simulated
     return Cost(kernels, covered)
+
+
+def hot_blocks(code: Code, counts: Counts) -> set[bytes]:
+    """Words of the blocks that `estimate` asks a model for."""
+    by_kernel = _blocks_by_kernel(code, counts)
+    return {block.words for blocks in by_kernel.values() for block in _hottest(blocks)}
+
+
+def _blocks_by_kernel(code: Code, counts: Counts) -> dict[str, list[Block]]:
+    found: dict[str, list[Block]] = {}
+    for block in split_blocks(code, counts.executed):
+        found.setdefault(code.owner(block.address), []).append(block)
+    return found
 
 
 def _misses_by_kernel(code: Code, counts: Counts) -> dict[str, tuple[int, int]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
@@ -21,7 +21,9 @@ from tvm_compress.rpc.cost_a72 import (
     L2_MISS_CYCLES,
     LINE_BYTES,
     Cost,
+    Counts,
     estimate,
+    hot_blocks,
     read_counts,
 )
 from tvm_compress.rpc.device import (
@@ -42,6 +44,7 @@ from tvm_compress.rpc.worker import Worker
 from tvm_compress.rpc.worker_session import WorkerSession
 
 Command = Callable[[Path], Sequence[str]]
+Result = TypeVar("Result")
 
 # By the emulator's names.
 _PROCESSOR = "cortex-a72"
@@ -100,6 +103,15 @@ class EmulatedA72(Device):
         }
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What a library executed, and the key of its figure."""
+
+    key: str | None
+    code: Code
+    counts: Counts
+
+
 class EmulatedSession(WorkerSession):
     """Counts what libraries execute; `warmup`, `number`, `repeat` and the pauses have no meaning here."""
 
@@ -111,6 +123,19 @@ class EmulatedSession(WorkerSession):
         self._kit = kit
         self._model = _block_model(kit)
         self._known = known
+        # Counts kernels: no figure of one depends on what ran before it (see counting_plugin.c).
+        self._counter: Worker | None = None
+        self._counts = 0
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        super().close()
+        self._close_counter()
+
+    def _close_counter(self) -> None:
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
 
     def time_many(self, candidates: Mapping[str, Candidate]) -> dict[str, LatencyResult]:
         """See `Session.time_many`; counts do not drift, so each is measured once."""
@@ -120,14 +145,15 @@ class EmulatedSession(WorkerSession):
         }
 
     def _count_main(self, library: Path, inputs: Sequence[np.ndarray]) -> LatencyResult:
-        def count() -> LatencyResult:
-            # A fresh process each, so that no figure can depend on what ran before it.
-            with _counting_worker(self._kit) as worker:
-                program = Program(worker, library, self.settings.timeout_s)
-                program.set_inputs(inputs)
-                return self._count(worker, program, read_code(library), 0)
-
-        return self._recall(library, "main", inputs, count)
+        key, found = self._recall(library, "main", inputs)
+        if found is not None:
+            return found
+        # A fresh process each, so that no figure can depend on what ran before it.
+        with contextlib.closing(_start_worker(self._kit, counting=True)) as worker:
+            program = Program(worker, library, self.settings.timeout_s)
+            program.set_inputs(inputs)
+            code = read_code(library)
+            return self._judge(_Counted(key, code, self._count(worker, program, code)))
 
     def time_kernels(
         self, library: Path, kernels: Mapping[str, ArgumentSpecs], passes: int = 1
@@ -136,42 +162,50 @@ class EmulatedSession(WorkerSession):
         del passes
         limit, path = self.settings.timeout_s, Path(library)
         results: dict[str, LatencyResult] = {}
-        with contextlib.ExitStack() as stack:
-            loaded: list[tuple[Worker, tvm.runtime.Module, str, Code]] = []
+        counted: dict[str, _Counted] = {}
+        loaded: list[tuple[Worker, tvm.runtime.Module, str, Code]] = []
 
-            def count(name: str) -> LatencyResult:
-                if not loaded:
-                    worker = stack.enter_context(_counting_worker(self._kit))
-                    loaded.append((worker, *worker.load(path, limit), read_code(path)))
-                worker, module, file, code = loaded[0]
-                kernel = Kernel(worker, module, file, name, kernels[name], limit)
-                return self._count(worker, kernel, code, len(results))
+        def count(name: str) -> LatencyResult | None:
+            specs = [(list(shape), dtype) for shape, dtype in kernels[name]]
+            key, found = self._recall(path, f"kernel {name} {specs}")
+            if found is not None:
+                return found
+            if not loaded:
+                if self._counter is None:
+                    self._counter = _start_worker(self._kit, counting=True)
+                loaded.append((self._counter, *self._counter.load(path, limit), read_code(path)))
+            worker, module, file, code = loaded[0]
+            kernel = Kernel(worker, module, file, name, kernels[name], limit)
+            counted[name] = _Counted(key, code, self._count(worker, kernel, code))
+            return None
 
-            for name, specs in kernels.items():
-                what = f"kernel {name} {[(list(shape), dtype) for shape, dtype in specs]}"
-                results[name] = self._as_value(
-                    lambda n=name, w=what: self._recall(path, w, (), lambda: count(n))  # type: ignore[misc]
-                )
-                if not results[name].ok:
-                    loaded.clear()
-                    stack.close()
-        return results
+        for name in kernels:
+            result = self._as_value(lambda n=name: count(n))  # type: ignore[misc]
+            if result is None:
+                continue
+            results[name] = result
+            if not result.ok:
+                loaded.clear()
+                self._close_counter()
+        # For all at once, as starting llvm-mca takes as long as its work; what it refuses, each says below.
+        with contextlib.suppress(DeviceError):
+            self._model.cycles({w for one in counted.values() for w in hot_blocks(one.code, one.counts)})
+        for name, one in counted.items():
+            results[name] = self._as_value(lambda c=one: self._judge(c))  # type: ignore[misc]
+        return {name: results[name] for name in kernels}
 
     def _recall(
-        self, library: Path, what: str, inputs: Sequence[np.ndarray], count: Callable[[], LatencyResult]
-    ) -> LatencyResult:
-        """Give the figure that was found before, or find it."""
+        self, library: Path, what: str, inputs: Sequence[np.ndarray] = ()
+    ) -> tuple[str | None, LatencyResult | None]:
+        """Give the key of a question, and the figure that was found before, if there is one."""
         if self._known is None:
-            return count()
+            return None, None
         key = self._known.key(library, what, inputs)
-        result = self._known.get(key, self.settings)
-        if result is None:
-            result = count()
-            self._known.put(key, result)
-        return result
+        return key, self._known.get(key, self.settings)
 
-    def _count(self, worker: Worker, callee: Callee, code: Code, index: int) -> LatencyResult:
-        limit = self.settings.timeout_s
+    def _count(self, worker: Worker, callee: Callee, code: Code) -> Counts:
+        limit, index = self.settings.timeout_s, self._counts
+        self._counts += 1
         base = worker.call("Finding the code", limit, _remote(worker, "base_address"), callee.file)
         worker.call("Counting", limit, _remote(worker, "count_begin"))
         # An inference that does not count leaves the caches as the one before leaves them on a board.
@@ -179,8 +213,14 @@ class EmulatedSession(WorkerSession):
         worker.call("Counting", limit, _remote(worker, "count_warm"))
         callee.invoke()
         worker.call("Counting", limit, _remote(worker, "count_end"), index)
-        counts = read_counts(worker.directory / f"{_COUNTS}.{index}", code, int(base))
-        return self._result(estimate(code, counts, self._model))
+        return read_counts(worker.directory / f"{_COUNTS}.{index}", code, int(base))
+
+    def _judge(self, counted: _Counted) -> LatencyResult:
+        """Make a result of counts, and keep it."""
+        result = self._result(estimate(counted.code, counted.counts, self._model))
+        if self._known is not None:
+            self._known.put(counted.key, result)
+        return result
 
     def _result(self, cost: Cost) -> LatencyResult:
         result = LatencyResult.from_samples(
@@ -198,22 +238,14 @@ class EmulatedSession(WorkerSession):
         breakdown = {name: kernel.to_dict() for name, kernel in cost.kernels.items()}
         return replace(result, breakdown=breakdown)
 
-    def _as_value(self, measure: Callable[[], LatencyResult]) -> LatencyResult:
+    def _as_value(self, measure: Callable[[], Result]) -> Result | LatencyResult:
+        """Give what a measurement gives, or its failure."""
         try:
             return measure()
         except DeviceFailedError as error:
             return LatencyResult.failed(error.kind, str(error), "estimated_cycles", self.settings)
         except DeviceError as error:
             return LatencyResult.failed("unsupported", str(error), "estimated_cycles", self.settings)
-
-
-@contextlib.contextmanager
-def _counting_worker(kit: EmulationKit) -> Iterator[Worker]:
-    worker = _start_worker(kit, counting=True)
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 def _remote(worker: Worker, name: str) -> Any:

@@ -3,17 +3,22 @@
 import json
 from typing import Any
 
-from tvm import relax, s_tir
+from tvm import relax
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tvm_compress.schedules.intrin.bits import WORD_CHANNELS, word_packer
 from tvm_compress.schedules.kernel import INFO, MIN_PARALLEL_ELEMENTS, parallelize
 from tvm_compress.schedules.packing import IntegerLayer
+from tvm_compress.schedules.quick_schedule import QuickSchedule
 from tvm_compress.schedules.target_rules import TargetRules
 
 # op_pattern of TVM's fusion: nothing is fused with it.
 _OPAQUE = 8
+
+# Kernels by all that they depend on: parsing one takes as long as scheduling two others.
+_MADE: dict[tuple[Any, ...], PrimFunc] = {}
+_MOST_MADE = 1024
 
 
 def packed_shape(layer: IntegerLayer) -> tuple[int, ...]:
@@ -26,7 +31,12 @@ def pack_activations(
     bb: relax.BlockBuilder, data: relax.Expr, layer: IntegerLayer, rules: TargetRules
 ) -> relax.Var:
     """Emit a call of the kernel that pads activations with the zero point and packs their bit planes."""
-    func = bb.add_func(packing_kernel(layer, rules), f"bitpack{layer.activation_bits}")
+    facts = (layer.operator, layer.data_shape, layer.padding, layer.activation_bits, layer.zero_point, rules)
+    if facts not in _MADE:
+        if len(_MADE) >= _MOST_MADE:
+            _MADE.clear()
+        _MADE[facts] = packing_kernel(layer, rules)
+    func = bb.add_func(_MADE[facts], f"bitpack{layer.activation_bits}")
     return bb.emit(relax.call_tir(func, [data], out_ty=relax.TensorType(packed_shape(layer), "uint8")))
 
 
@@ -72,7 +82,7 @@ def packing_kernel(layer: IntegerLayer, rules: TargetRules) -> PrimFunc:
                         for b in T.unroll(bits):
                             packed[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = border(b)
 
-    sch = s_tir.Schedule(main)
+    sch = QuickSchedule(main)
     loops = sch.get_loops(sch.get_sblock("pack"))
     parallelize(sch, sch.fuse(*loops[:2]), rules, n * h * w * ic, MIN_PARALLEL_ELEMENTS)
     return sch.mod["main"].without_attr("global_symbol").with_attr(INFO, json.dumps(_info(layer)))

@@ -33,6 +33,8 @@ THOROUGH = MeasurementSettings(repeat=30, min_repeat_ms=20.0)
 KERNEL_SAMPLES = 3
 KERNEL_SAMPLE_MS = 1.0
 KERNEL_PASSES = 6
+# Of kernels' keys in the store.
+KERNEL_PREFIX = "kernel-"
 
 
 def structure_key(policy: CompressionPolicy, model: str, where: str) -> str:
@@ -135,15 +137,21 @@ class LatencyMeter:
         """What the store has of a key: a latency that is corrected for drift already."""
         return self._stored(key)
 
-    def measure(self, compiled: Compiled, key: str) -> LatencyResult:
+    def measure(self, compiled: Compiled, key: str, kernels: Sequence[KernelInfo] = ()) -> LatencyResult:
         """Latency of a built module: its ratio to the dense one beside it, times T_0; or a failure.
+
+        Parameters
+        ----------
+        kernels
+            Those of the module whose times will be asked for: `time_kernels` then needs no library of its own
+            for them, and no time where the device tells each kernel's part of the whole.
 
         Raises
         ------
         DeviceError
             If the dense model fails too: then the device is to blame.
         """
-        library = self.export(compiled, "candidate")
+        library = self.export(compiled, f"network{len(self._built)}" if kernels else "candidate")
         assert self._dense_library is not None
         for _ in range(2):
             timed = measure(
@@ -162,7 +170,18 @@ class LatencyMeter:
             result = replace(result, value=ratio * self.dense.value)
         if result.ok:
             self._put(key, result, provenance)
+            self._built |= {k.key: (library, k.name) for k in kernels if k.key not in self._built}
+            self._take_apart(result, kernels)
         return result
+
+    def _take_apart(self, result: LatencyResult, kernels: Sequence[KernelInfo]) -> None:
+        """Keep the times of a network's kernels, where the device tells them and they are those alone."""
+        if not self._stays_in_cache(kernels):
+            return
+        for kernel in kernels:
+            if kernel.name in result.kernels and self._stored_kernel(kernel) is None:
+                part = [result.kernels[kernel.name] / kernel.count]
+                self._put_kernel(kernel, LatencyResult.from_samples(part, result.unit, self._kernel_settings))
 
     def time_kernels(self, kernels: Sequence[KernelInfo], again: bool = False) -> dict[str, LatencyResult]:
         """Latency of one call of each kernel, by key; from the store where it has them.
@@ -173,7 +192,7 @@ class LatencyMeter:
         distinct = {kernel.key: kernel for kernel in kernels}
         found: dict[str, LatencyResult] = {}
         if not again:
-            stored = {key: self._stored(_kernel_key(k), self._kernel_settings) for key, k in distinct.items()}
+            stored = {key: self._stored_kernel(kernel) for key, kernel in distinct.items()}
             found = {key: result for key, result in stored.items() if result is not None}
         missing = [kernel for key, kernel in distinct.items() if key not in found]
         self._build_kernels([kernel for kernel in missing if kernel.key not in self._built])
@@ -184,10 +203,8 @@ class LatencyMeter:
             timed = self._open_for_kernels().time_kernels(library, specs, KERNEL_PASSES)
             for name, result in timed.items():
                 if result.ok:
-                    kernel = named[name]
-                    found[kernel.key] = result
-                    facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
-                    self._put(_kernel_key(kernel), result, facts)
+                    found[named[name].key] = result
+                    self._put_kernel(named[name], result)
         return found
 
     def in_network(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> dict[str, float]:
@@ -198,12 +215,17 @@ class LatencyMeter:
         at least as long as that.
         """
         cache = self.device.last_cache
-        weights = sum(kernel.features["weight_bytes"] * kernel.count for kernel in kernels)
-        passed = max((k.features["input_bytes"] + k.features["output_bytes"] for k in kernels), default=0.0)
-        if cache is None or weights + passed <= cache.size:
+        if cache is None or self._stays_in_cache(kernels):
             return {kernel.key: times[kernel.key] for kernel in kernels}
         floors = {k.key: k.features["weight_bytes"] * cache.time_per_byte for k in kernels}
         return {key: max(times[key], floor) for key, floor in floors.items()}
+
+    def _stays_in_cache(self, kernels: Sequence[KernelInfo]) -> bool:
+        """Whether a network's weights are known to stay in the device's last cache from run to run."""
+        cache = self.device.last_cache
+        weights = sum(kernel.features["weight_bytes"] * kernel.count for kernel in kernels)
+        passed = max((k.features["input_bytes"] + k.features["output_bytes"] for k in kernels), default=0.0)
+        return cache is not None and weights + passed <= cache.size
 
     def _build_kernels(self, kernels: Sequence[KernelInfo]) -> None:
         """Build kernels into a new library, under new names: those of several networks may share one."""
@@ -233,6 +255,13 @@ class LatencyMeter:
         found = self.store.get(key, self.device.stored_as, self.device.unit, settings or self._settings)
         return found if found is not None and found.ok else None
 
+    def _stored_kernel(self, kernel: KernelInfo) -> LatencyResult | None:
+        return self._stored(KERNEL_PREFIX + kernel.key, self._kernel_settings)
+
+    def _put_kernel(self, kernel: KernelInfo, result: LatencyResult) -> None:
+        facts = {"what": "kernel", "kind": kernel.kind, "features": kernel.features}
+        self._put(KERNEL_PREFIX + kernel.key, result, facts)
+
     def _put(self, key: str, result: LatencyResult, provenance: Mapping[str, Any]) -> None:
         self.store.put(key, self.device.stored_as, result, {**self.device.describe(), **provenance})
 
@@ -240,13 +269,6 @@ class LatencyMeter:
 def _failure(device: Device, result: LatencyResult) -> DeviceError:
     kind, text = result.error or ("crash", "no reason was given")
     return DeviceError(f"The device {device.name} failed on the dense model ({kind}): {text}")
-
-
-KERNEL_PREFIX = "kernel-"
-
-
-def _kernel_key(kernel: KernelInfo) -> str:
-    return KERNEL_PREFIX + kernel.key
 
 
 def argument_specs(kernel: KernelInfo) -> ArgumentSpecs:

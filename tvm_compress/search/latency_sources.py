@@ -1,6 +1,7 @@
 """Where a search takes a candidate's latency from: the whole network, its kernels, or the latency model."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +20,10 @@ from tvm_compress.search.settings import SearchSettings
 
 # A candidate that the device fails on (twice) counts as this many times slower than the dense model.
 FAILED_RATIO = 10.0
-# A network whose predicted latency may be off by more than this has kernels timed: the least sure ones, until
-# it may not. One that would win may be off by less.
-UNCERTAIN = 0.05
+# A network whose predicted latency may be off by more than this share has kernels timed, the least sure ones,
+# until it may not; one that would enter the Pareto set, or may be the best so far, by less.
+UNCERTAIN = 0.1
+FAIRLY_SURE = 0.05
 SURE = 0.01
 # So many known kernels are timed again with every whole network but the first, to see whether the device is
 # what it was.
@@ -88,9 +90,11 @@ class MeasuredLatency:
         """Nothing to restore."""
 
 
-def _whole(meter: LatencyMeter, module: tvm.IRModule, key: str) -> Latency:
-    """Measure a whole network, lowered or not, unless the store has it."""
-    result = meter.measured(key) or meter.measure(build(module, meter.target), key)
+def _whole(
+    meter: LatencyMeter, module: tvm.IRModule, key: str, kernels: Sequence[KernelInfo] = ()
+) -> Latency:
+    """Measure a whole network, lowered or not, unless the store has it; its `kernels` may be next."""
+    result = meter.measured(key) or meter.measure(build(module, meter.target), key, kernels)
     if not result.ok:
         return _failed(meter)
     return Latency(result.value, result.value / meter.dense.value, MEASURED)
@@ -141,15 +145,19 @@ class KernelLatency:
         )
 
     def _check(self, lowered: tvm.IRModule, kernels: Sequence[KernelInfo], key: str) -> Latency:
-        """Measure the whole network; remember how far the sum of its kernels is from it."""
-        total = self._total(kernels)
-        latency = _whole(self._meter, lowered, key)
+        """Measure the whole network and each of its kernels; remember how far their sum is from it."""
+        latency = _whole(self._meter, lowered, key, kernels)
+        total = self._sum_of_timed(kernels)
         if latency.kind == MEASURED and total is not None:
             self.checks.append((total, latency.value))
         return latency
 
     def _total(self, kernels: Sequence[KernelInfo]) -> float | None:
         """Sum of kernels, or None where the device fails on one."""
+        return self._sum_of_timed(kernels)
+
+    def _sum_of_timed(self, kernels: Sequence[KernelInfo]) -> float | None:
+        """Sum of kernels, each of them timed, or None where the device fails on one."""
         times = self._time(kernels)
         if any(kernel.key not in times for kernel in kernels):
             return None
@@ -185,18 +193,20 @@ class KernelLatency:
         self.checks = [(total, whole) for total, whole in state["checks"]]
 
 
-def least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
-    """Kernels of the largest errors: as few as leave no more than a limit of errors with the others.
+def joint_error(errors: Collection[float]) -> float:
+    """Standard error of a sum of kernels, of their own: the root of the sum of squares."""
+    return math.sqrt(sum(error**2 for error in errors))
 
-    Errors add up, as kernels of one network that are alike are wrong alike.
-    """
+
+def least_sure(kernels: Sequence[KernelInfo], errors: Mapping[str, float], limit: float) -> list[KernelInfo]:
+    """Kernels of the largest errors: as few as leave no more than a limit of joint error with the others."""
     by_key = {kernel.key: kernel for kernel in kernels}
-    left, chosen = sum(errors.values()), []
+    left, chosen = dict(errors), []
     for key in sorted(errors, key=lambda key: (-errors[key], key)):
-        if left <= limit:
+        if joint_error(left.values()) <= limit:
             break
         chosen.append(by_key[key])
-        left -= errors[key]
+        del left[key]
     return chosen
 
 
@@ -208,9 +218,9 @@ class HybridLatency(KernelLatency):
     """Predicts kernels that were not timed yet, and times them where it matters.
 
     Of each policy those are timed of which the model is least sure, until it is sure enough of the sum; surer
-    where a policy by its prediction would be the best so far or stand on the Pareto set. The model is fitted
-    again to all that is known. Whole networks are measured as in `KernelLatency`; with them, some known
-    kernels are timed again to see a drift.
+    where a policy by its prediction would stand on the Pareto set, and surest where it could be the best so
+    far by what the prediction may be off. The model is fitted again to all that is known. Whole networks are
+    measured as in `KernelLatency`; with them, some known kernels are timed again to see a drift.
     """
 
     def __init__(
@@ -252,8 +262,11 @@ class HybridLatency(KernelLatency):
         return super()._check(lowered, kernels, key)
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
-        def limit(total: float) -> float:
-            return SURE if self._would_win(accuracy, self._corrected(total, PREDICTED).ratio) else UNCERTAIN
+        def limit(total: float, error: float) -> float:
+            ratio = self._corrected(total, PREDICTED).ratio
+            if self._could_be_best(accuracy, ratio, error):
+                return SURE
+            return FAIRLY_SURE if self._would_be_on_front(accuracy, ratio) else UNCERTAIN
 
         total = self._total(kernels, limit)
         if total is None:
@@ -262,18 +275,19 @@ class HybridLatency(KernelLatency):
         return self._corrected(total, SUMMED if timed else PREDICTED)
 
     def _total(
-        self, kernels: Sequence[KernelInfo], limit: Callable[[float], float] = lambda total: SURE
+        self, kernels: Sequence[KernelInfo], limit: Callable[[float, float], float] = lambda *_: SURE
     ) -> float | None:
         """As the other; of the kernels that were not timed yet, only so many are that the sum is sure enough.
 
         Parameters
         ----------
         limit
-            By how much of it a sum may be off.
+            By how much of it a sum may be off, given the sum and by how much of it the prediction may be.
         """
         while True:
             total, errors = self._predict(kernels)
-            needed = least_sure(kernels, errors, limit(total) * total)
+            error = joint_error(errors.values()) / total
+            needed = least_sure(kernels, errors, limit(total, error) * total)
             if not needed:
                 return total
             if len(self._time(needed)) < len(needed):
@@ -305,15 +319,19 @@ class HybridLatency(KernelLatency):
         self._fitted = count
         self._model.fit([self._rows[key] for key in sorted(list(self._rows)[:count])])
 
-    def _would_win(self, accuracy: float, ratio: float) -> bool:
-        """Whether a policy would have the highest reward, or be beaten by none in accuracy and latency."""
+    def _could_be_best(self, accuracy: float, ratio: float, error: float) -> bool:
+        """Whether a policy has the highest reward so far at a latency that the prediction leaves open."""
         settings = self._settings
 
         def reward(point: tuple[float, float]) -> float:
             return point[0] + settings.beta * abs(point[1] / settings.budget - 1.0)
 
-        best = all(reward((accuracy, ratio)) > reward(point) for point in self._points)
-        return best or not any(a >= accuracy and r <= ratio for a, r in self._points)
+        likeliest = min(max(settings.budget, ratio * (1 - error)), ratio * (1 + error))
+        return all(reward((accuracy, likeliest)) > reward(point) for point in self._points)
+
+    def _would_be_on_front(self, accuracy: float, ratio: float) -> bool:
+        """Whether no policy so far is as good in both accuracy and latency."""
+        return not any(a >= accuracy and r <= ratio for a, r in self._points)
 
     def _look_for_drift(self, kernels: Sequence[KernelInfo]) -> None:
         """Time the network's slowest kernels again; correct all times by the median change if it is large."""

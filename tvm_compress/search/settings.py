@@ -92,8 +92,8 @@ class SearchSettings:
     finetune_lr: float = 0.04
     augment: str = "none"
     refine: int = 2
-    measure_first: int = 3
-    measure_every: int = 16
+    measure_first: int = 2
+    measure_every: int = 64
 
     def __post_init__(self) -> None:
         _check_choice("agent", self.agent, AGENTS)
