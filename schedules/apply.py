@@ -33,7 +33,6 @@ from tvm_compress.schedules.choices import NO_CHOICES, Choices
 from tvm_compress.schedules.counts import executed
 from tvm_compress.schedules.kernel import INFO, KERNEL, FusedKernel, KernelFamily
 from tvm_compress.schedules.kernel_key import kernel_key, target_digest
-from tvm_compress.schedules.quick_schedule import QuickSchedule
 from tvm_compress.schedules.target_rules import TargetRules, rules_for
 from tvm_compress.schedules.te_cache import ReusingBuilder
 
@@ -274,7 +273,7 @@ def schedule_function(func: tirx.PrimFunc, rules: TargetRules, name: str) -> tir
     if relax.analysis.has_reshape_pattern(func):
         # Becomes a view of the same memory; a schedule would hide that.
         return func
-    sch = QuickSchedule(func)
+    sch = s_tir.Schedule(func)
     blocks = kernel.child_blocks(sch)
     family = next((str(f) for f in (kernel.annotation(sch, b, KERNEL) for b in blocks) if f), None)
     names = ", ".join(kernel.block_name(sch, b) for b in blocks)

@@ -3,14 +3,13 @@
 import json
 from typing import Any
 
-from tvm import relax
+from tvm import relax, s_tir
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tvm_compress.schedules.intrin.bits import WORD_CHANNELS, word_packer
 from tvm_compress.schedules.kernel import INFO, MIN_PARALLEL_ELEMENTS, parallelize
 from tvm_compress.schedules.packing import IntegerLayer
-from tvm_compress.schedules.quick_schedule import QuickSchedule
 from tvm_compress.schedules.target_rules import TargetRules
 
 # op_pattern of TVM's fusion: nothing is fused with it.
@@ -82,7 +81,7 @@ def packing_kernel(layer: IntegerLayer, rules: TargetRules) -> PrimFunc:
                         for b in T.unroll(bits):
                             packed[vi, vy, vx, b, k, T.ramp(T.int32(0), 1, 4)] = border(b)
 
-    sch = QuickSchedule(main)
+    sch = s_tir.Schedule(main)
     loops = sch.get_loops(sch.get_sblock("pack"))
     parallelize(sch, sch.fuse(*loops[:2]), rules, n * h * w * ic, MIN_PARALLEL_ELEMENTS)
     return sch.mod["main"].without_attr("global_symbol").with_attr(INFO, json.dumps(_info(layer)))

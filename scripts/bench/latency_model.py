@@ -1,7 +1,7 @@
 """What the latency model and the sums of kernels are worth, and what measuring costs.
 
 usage: python scripts/bench/latency_model.py [--json docs/figures/latency_model.json] [--only local ...]
-       [--kernels 1500] [--policies 12] [--seeds 3]
+       [--kernels 1500] [--policies 24] [--seeds 3]
 
 Parts: "local" and "emulated-a72" fit a model to kernels of ResNet-8, ResNet-18 of width 32, MobileNetV2 and
 random networks, and compare it with measurements on policies that it never saw, also of a VGG-7 that no
@@ -42,7 +42,7 @@ from tvm_compress.rpc.emulation_kit import prepare
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target
 from tvm_compress.search.environment import reward_of
-from tvm_compress.search.latency import SHORT, THOROUGH, LatencyMeter
+from tvm_compress.search.latency import SHORT, THOROUGH, THOROUGH_PASSES, LatencyMeter
 from tvm_compress.search.latency_fit import (
     Evaluation,
     errors_of,
@@ -61,6 +61,8 @@ SAMPLE = "sample:resnet8-fashion"
 VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 UNSEEN = "VGG-7"
 MOBILENET = "MobileNetV2 96"
+# So many networks' kernels are timed again.
+AGAIN = 12
 GOALS = {"local": 0.85, "emulated-a72": 0.95}
 
 
@@ -86,9 +88,9 @@ def _mobilenet() -> MobileNetV2:
 
 
 def open_meter(device: str, model: Model, path: Path, settings: MeasurementSettings = SHORT) -> LatencyMeter:
-    """Meter of a network whose measurements are kept."""
-    target = parse_target(DEFAULT_TARGETS[device])
-    return LatencyMeter(open_device(device), target, MeasurementStore(path), model.input_spec.shape, settings)
+    """Meter of a network whose measurements are kept; it takes as many passes as `tvm-compress cost`."""
+    on, target, store = open_device(device), parse_target(DEFAULT_TARGETS[device]), MeasurementStore(path)
+    return LatencyMeter(on, target, store, model.input_spec.shape, settings, THOROUGH_PASSES)
 
 
 def quality(device: str, arguments: argparse.Namespace) -> Part:
@@ -114,7 +116,7 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
                 )
     figures = _figures_of(device, found)
     if device == "local":
-        again = _timed_again(seen[0], sampler, arguments.policies)
+        again = _timed_again(seen[0], sampler, AGAIN)
         figures.append(
             Figure(
                 "local: kernels that take the same within 10 % when they are timed again",
@@ -422,7 +424,7 @@ def main() -> None:
     """Run the parts that are asked for, write, print."""
     parser = parts_parser(__doc__, "latency_model", PARTS)
     parser.add_argument("--kernels", type=int, default=1500)
-    parser.add_argument("--policies", type=int, default=12)
+    parser.add_argument("--policies", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     arguments = parser.parse_args()

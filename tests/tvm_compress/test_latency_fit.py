@@ -237,7 +237,9 @@ def test_kernels_of_a_measured_network_need_no_library_of_their_own(device: str,
     store = MeasurementStore(tmp_path / "m.sqlite")
     with LatencyMeter(open_device(device), target, store, model.input_spec.shape) as meter:
         meter.set_dense(model.module, "dense")
-        whole = meter.measure(build(lowered, target), "whole", kernels)
+        compiled = build(lowered, target)
+        whole = meter.measure(compiled, "whole", kernels)
+        again = meter.time_networks({"same": compiled})
         with (
             patch.object(latency, "object_files", wraps=latency.object_files) as built,
             patch.object(EmulatedSession, "time_kernels", side_effect=AssertionError) as counted,
@@ -246,7 +248,9 @@ def test_kernels_of_a_measured_network_need_no_library_of_their_own(device: str,
     assert not built.called
     assert not counted.called
     total = sum(times[kernel.key] * kernel.count for kernel in kernels)
+    assert list(again) == ["same"]
     if device == "emulated-a72":
+        assert again["same"].value == whole.value
         # The network tells what each takes in it.
         assert total == pytest.approx(whole.value, rel=1e-9)
     else:

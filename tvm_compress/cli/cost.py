@@ -17,7 +17,7 @@ from tvm_compress.model import load_model
 from tvm_compress.rpc.device import open_device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target
-from tvm_compress.search.latency import LatencyMeter
+from tvm_compress.search.latency import THOROUGH_PASSES, LatencyMeter
 from tvm_compress.search.latency_fit import evaluate_latency_model, fit_latency_model, stored_kernels
 from tvm_compress.search.sampling import KernelSampler
 from tvm_compress.search.settings import DEFAULT_TARGETS
@@ -141,7 +141,5 @@ def default_target(device: str) -> str:
 def _meter(
     device: str, target: str, threads: int, measurements: Path, shape: tuple[int, ...]
 ) -> LatencyMeter:
-    on = open_device(device, threads)
-    return LatencyMeter(
-        on, parse_target(target or default_target(device)), MeasurementStore(measurements), shape
-    )
+    on, built_for = open_device(device, threads), parse_target(target or default_target(device))
+    return LatencyMeter(on, built_for, MeasurementStore(measurements), shape, passes=THOROUGH_PASSES)

@@ -9,7 +9,6 @@ from tvm.target import Target
 from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.model import Model
 from tvm_compress.passes.pipeline import build, lower
-from tvm_compress.passes.policy import fingerprint
 from tvm_compress.rpc.device import Device
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
@@ -131,30 +130,29 @@ def evaluate_latency_model(
 
     Every distinct kernel counts once, but those whose keys were `seen` in fitting. Sums of measured kernels
     and predictions of networks are scaled by the median factor that whole networks have over sums of kernels,
-    as a search does it.
+    as a search does it. Kernels and networks are timed alike: a clock's figures are the fastest of so many
+    passes over all as the meter makes.
     """
     rng = np.random.default_rng([seed, 2])
     compressor, problem = subject_of(model, rules_for(meter.target), rng)
-    meter.set_dense(model.module, f"dense-{fingerprint(problem.sites)}-{meter.where}")
-    kernels: dict[str, tuple[float, float]] = {}
-    networks = []
+    infos, built = {}, {}
     for number in range(policies):
+        name = str(number)
         lowered = lower(compressor.apply(random_policy(problem, rng)).integer_module, meter.target)
-        infos = kernel_infos(lowered, meter.target)
-        times = {key: result.value for key, result in meter.time_kernels(infos).items()}
-        whole = meter.measure(build(lowered, meter.target), f"sampled-{seed}-{number}-{meter.where}")
-        predicted = dict(zip((k.key for k in infos), latency_model.predict_kernels(infos), strict=True))
-        kernels |= {
-            key: (predicted[key], times[key]) for key in predicted if key in times and key not in seen
-        }
-        if whole.ok and all(k.key in times for k in infos):
-            there = [meter.in_network(infos, by) for by in (predicted, times)]
-            sums = [sum(by[k.key] * k.count for k in infos) for by in there]
-            networks.append((*sums, whole.value))
+        infos[name], built[name] = kernel_infos(lowered, meter.target), build(lowered, meter.target)
         progress(number + 1, policies)
+    distinct = {kernel.key: kernel for kernels in infos.values() for kernel in kernels}
+    times = {key: result.value for key, result in meter.time_kernels(list(distinct.values())).items()}
+    predicted = dict(zip(distinct, latency_model.predict_kernels(list(distinct.values())), strict=True))
+    networks = []
+    for name, whole in meter.time_networks(built).items():
+        if all(k.key in times for k in infos[name]):
+            there = [meter.in_network(infos[name], by) for by in (predicted, times)]
+            sums = [sum(by[k.key] * k.count for k in infos[name]) for by in there]
+            networks.append((*sums, whole.value))
     factor = float(np.median([whole / timed for _, timed, whole in networks]))
     return Evaluation(
-        list(kernels.values()),
-        [(predicted * factor, whole) for predicted, _, whole in networks],
+        [(predicted[key], value) for key, value in times.items() if key not in seen],
+        [(total * factor, whole) for total, _, whole in networks],
         [(timed * factor, whole) for _, timed, whole in networks],
     )
