@@ -171,7 +171,8 @@ class EmulatedSession(WorkerSession):
             if found is not None:
                 return found
             if not loaded:
-                if self._counter is None:
+                if self._counter is None or not self._counter.alive:
+                    self._close_counter()
                     self._counter = _start_worker(self._kit, counting=True)
                 loaded.append((self._counter, *self._counter.load(path, limit), read_code(path)))
             worker, module, file, code = loaded[0]

@@ -211,6 +211,19 @@ def test_a_kernels_figure_does_not_show_what_was_measured_before_it(session, bui
     assert session.time_kernels(library, {"relu": kernels["relu"]})["relu"] == both["relu"]
 
 
+def test_a_counting_process_that_died_between_two_libraries_is_replaced(build):
+    library = build("layers", "emulated-a72")
+    kernels = {"relu": [((2, 4), "float32"), ((2, 4), "float32")]}
+    session = EmulatedSession(MeasurementSettings(), prepare())
+    with session:
+        first = session.time_kernels(library, kernels)
+        counter = session._counter
+        assert counter is not None
+        counter._process.kill()
+        counter._process.wait()
+        assert session.time_kernels(library, kernels) == first
+
+
 def test_a_figure_is_found_again_and_only_for_the_same_question(build, tmp_path, monkeypatch):
     inputs = [np.ones((2, 8), "float32"), np.ones((8, 4), "float32")]
     library, kit = build("layers", "emulated-a72"), prepare()

@@ -130,8 +130,8 @@ def evaluate_latency_model(
 
     Every distinct kernel counts once, but those whose keys were `seen` in fitting. Sums of measured kernels
     and predictions of networks are scaled by the median factor that whole networks have over sums of kernels,
-    as a search does it. Kernels and networks are timed alike: a clock's figures are the fastest of so many
-    passes over all as the meter makes.
+    as a search does it. Kernels and networks are timed alike: a clock's figures are the fastest of several
+    passes over all of them.
     """
     rng = np.random.default_rng([seed, 2])
     compressor, problem = subject_of(model, rules_for(meter.target), rng)
