@@ -292,7 +292,7 @@ def test_a_sum_of_kernels_is_corrected_by_whole_networks(model, tmp_path):
     assert [one.kind for one in first] == ["measured"] * SETTINGS.measure_first
     assert after.kind == "summed"
     # The same network: its kernels' sum, corrected, is what the whole takes.
-    assert after.value == pytest.approx(np.median([whole for _, whole in source.checks]), rel=1e-9)
+    assert after.value == pytest.approx(np.median([check.whole for check in source.checks]), rel=1e-9)
     again = KernelLatency(meter, SETTINGS)
     again.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert again.checks == source.checks

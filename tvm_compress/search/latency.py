@@ -23,6 +23,8 @@ from tvm_compress.rpc.device import ArgumentSpecs, Device, LatencyResult, Measur
 from tvm_compress.rpc.measure import measure
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo
+from tvm_compress.schedules.reading import reading_kernel
+from tvm_compress.search.network_overhead import read_from_afar, sizes_to_read, weight_bytes_of
 
 # How the search times a library: short, since the dense model is timed along with each candidate.
 SHORT = MeasurementSettings(repeat=9, min_repeat_ms=8.0)
@@ -35,8 +37,7 @@ KERNEL_SAMPLE_MS = 1.0
 KERNEL_PASSES = 6
 # The same where a latency model is fitted or judged: its errors shall be its own.
 THOROUGH_PASSES = 18
-# And of networks, whose samples are longer: so many passes, by so many at a time.
-NETWORK_PASSES = 6
+# Networks are timed in such passes by so many at a time.
 NETWORK_GROUP = 8
 # Of kernels' keys in the store.
 KERNEL_PREFIX = "kernel-"
@@ -70,7 +71,7 @@ class LatencyMeter:
     settings
         How libraries are timed; the threads are the device's.
     passes
-        How often a clock times a kernel; the fastest of the medians counts.
+        How often a clock times a kernel, or one of many networks; the fastest of the medians counts.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class LatencyMeter:
         # Library and name there of each kernel that was built, by its key.
         self._built: dict[str, tuple[Path, str]] = {}
         self._dense: LatencyResult | None = None
+        # Time of reading so many bytes, None where the device failed.
+        self._read: dict[int, float | None] = {}
 
     def __enter__(self) -> "LatencyMeter":
         self._stack.__enter__()
@@ -227,7 +230,7 @@ class LatencyMeter:
         names = list(libraries)
         groups = [names[i : i + NETWORK_GROUP] for i in range(0, len(names), NETWORK_GROUP)]
         fastest: dict[str, LatencyResult] = {}
-        for _ in range(NETWORK_PASSES if self.device.unit == "seconds" else 1):
+        for _ in range(self._passes if self.device.unit == "seconds" else 1):
             for group in groups:
                 timed = self._open().time_many({name: libraries[name] for name in group})
                 for name, result in timed.items():
@@ -238,22 +241,35 @@ class LatencyMeter:
     def in_network(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> dict[str, float]:
         """Time of one call of each kernel of a network, by key, as it is there, from what it is alone.
 
-        Alone, a kernel finds in the device's last cache the weights that its run before has left there. In a
-        network whose kernels' weights do not fit into it together, each reads its own from memory, and takes
-        at least as long as that.
+        Alone, a kernel finds in a cache the weights that its run before has left there; in a network, only
+        if all kernels' weights fit into it together. Where the device's last cache is known, a kernel of a
+        larger network takes at least as long as its weights take from memory. Elsewhere that is added which a
+        clock tells of reading.
         """
         cache = self.device.last_cache
-        if cache is None or self._stays_in_cache(kernels):
+        if cache is None:
+            reading = self._reading(sizes_to_read(weight_bytes_of(kernels)))
+            if not reading:
+                return {kernel.key: times[kernel.key] for kernel in kernels}
+            return {key: times[key] + more for key, more in read_from_afar(kernels, reading).items()}
+        if self._stays_in_cache(kernels):
             return {kernel.key: times[kernel.key] for kernel in kernels}
         floors = {k.key: k.features["weight_bytes"] * cache.time_per_byte for k in kernels}
         return {key: max(times[key], floor) for key, floor in floors.items()}
 
+    def _reading(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Time of reading so many bytes, by size; those that the device fails on are missing."""
+        new = [size for size in sizes if size not in self._read]
+        kernels = {size: reading_kernel(size, self.target) for size in new}
+        times = self.time_kernels(list(kernels.values()))
+        self._read |= {size: times[k.key].value if k.key in times else None for size, k in kernels.items()}
+        return {size: time for size in sizes if (time := self._read[size]) is not None}
+
     def _stays_in_cache(self, kernels: Sequence[KernelInfo]) -> bool:
         """Whether a network's weights are known to stay in the device's last cache from run to run."""
         cache = self.device.last_cache
-        weights = sum(kernel.features["weight_bytes"] * kernel.count for kernel in kernels)
         passed = max((k.features["input_bytes"] + k.features["output_bytes"] for k in kernels), default=0.0)
-        return cache is not None and weights + passed <= cache.size
+        return cache is not None and weight_bytes_of(kernels) + passed <= cache.size
 
     def _build_kernels(self, kernels: Sequence[KernelInfo]) -> None:
         """Build kernels into a new library, under new names: those of several networks may share one."""

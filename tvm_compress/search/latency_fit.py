@@ -15,6 +15,7 @@ from tvm_compress.schedules.apply import KernelInfo, kernel_infos
 from tvm_compress.schedules.kernel_key import key_ending
 from tvm_compress.schedules.target_rules import rules_for
 from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
+from tvm_compress.search.network_overhead import Check, calls_of, overhead_per_call
 from tvm_compress.search.sampling import KernelSampler, random_policy, subject_of
 
 # Kernels to choose from, for each that is timed.
@@ -37,14 +38,14 @@ class MeasuredKernel:
 def stored_kernels(store: MeasurementStore, device: Device, target: Target) -> list[MeasuredKernel]:
     """Kernels for a target that a device has timed, in the order of their keys; the newest time counts.
 
-    Those of older schedules are left out.
+    Those of older schedules are left out, and those that tell of the device alone.
     """
     found = {}
     ending = key_ending(target)
     for row in store.rows():
         facts, result = row["provenance"], row["result"]
         key = row["key"].removeprefix(KERNEL_PREFIX)
-        if row["device"] == device.stored_as and "features" in facts and key.endswith(ending):
+        if row["device"] == device.stored_as and facts.get("features") and key.endswith(ending):
             found[key] = MeasuredKernel(key, facts["kind"], facts["features"], result.value)
     return [found[key] for key in sorted(found)]
 
@@ -128,10 +129,10 @@ def evaluate_latency_model(
 ) -> Evaluation:
     """Compare predictions with measurements, on random policies of one network.
 
-    Every distinct kernel counts once, but those whose keys were `seen` in fitting. Sums of measured kernels
-    and predictions of networks are scaled by the median factor that whole networks have over sums of kernels,
-    as a search does it. Kernels and networks are timed alike: a clock's figures are the fastest of several
-    passes over all of them.
+    Every distinct kernel counts once, but those whose keys were `seen` in fitting. To sums of measured
+    kernels and to predictions of networks the overhead of their calls is added that whole networks have over
+    sums of measured kernels, as a search does it. Kernels and networks are timed alike: a clock's figures are
+    the fastest of several passes over all of them.
     """
     rng = np.random.default_rng([seed, 2])
     compressor, problem = subject_of(model, rules_for(meter.target), rng)
@@ -144,15 +145,16 @@ def evaluate_latency_model(
     distinct = {kernel.key: kernel for kernels in infos.values() for kernel in kernels}
     times = {key: result.value for key, result in meter.time_kernels(list(distinct.values())).items()}
     predicted = dict(zip(distinct, latency_model.predict_kernels(list(distinct.values())), strict=True))
-    networks = []
+    checks, predictions = [], []
     for name, whole in meter.time_networks(built).items():
         if all(k.key in times for k in infos[name]):
-            there = [meter.in_network(infos[name], by) for by in (predicted, times)]
-            sums = [sum(by[k.key] * k.count for k in infos[name]) for by in there]
-            networks.append((*sums, whole.value))
-    factor = float(np.median([whole / timed for _, timed, whole in networks]))
+            there = [meter.in_network(infos[name], by) for by in (times, predicted)]
+            timed, expected = (sum(by[k.key] * k.count for k in infos[name]) for by in there)
+            checks.append(Check(timed, calls_of(infos[name]), whole.value))
+            predictions.append(expected)
+    overhead = overhead_per_call(checks)
     return Evaluation(
         [(predicted[key], value) for key, value in times.items() if key not in seen],
-        [(total * factor, whole) for total, _, whole in networks],
-        [(timed * factor, whole) for _, timed, whole in networks],
+        [(p + overhead * one.calls, one.whole) for p, one in zip(predictions, checks, strict=True)],
+        [(one.total + overhead * one.calls, one.whole) for one in checks],
     )

@@ -1,8 +1,9 @@
 """Where a search takes a candidate's latency from: the whole network, its kernels, or the latency model."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from tvm_compress.passes.pipeline import build, lower
 from tvm_compress.rpc.device import LatencyResult
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
 from tvm_compress.search.latency import LatencyMeter
+from tvm_compress.search.network_overhead import Check, calls_of, overhead_per_call
 from tvm_compress.search.results import MEASURED, PREDICTED, SUMMED
 from tvm_compress.search.settings import SearchSettings
 
@@ -107,15 +109,15 @@ def _failed(meter: LatencyMeter) -> Latency:
 class KernelLatency:
     """Sums up a policy's kernels, each of which is built and timed once in all its networks.
 
-    Whole networks are measured for the first episodes and every n-th; the median of measured over summed
-    corrects the sums, for what a network costs beside its kernels.
+    Whole networks are measured for the first episodes and every n-th, to tell what a call costs beside its
+    kernel; the median of that is added to all sums.
     """
 
     def __init__(self, meter: LatencyMeter, settings: SearchSettings) -> None:
         self._meter = meter
         self._settings = settings
-        #: (sum of the kernels, latency of the whole network).
-        self.checks: list[tuple[float, float]] = []
+        #: The whole networks so far.
+        self.checks: list[Check] = []
         # By the hash of a module, its constants' values included.
         self._kernels: dict[int, list[KernelInfo]] = {}
 
@@ -149,7 +151,7 @@ class KernelLatency:
         latency = _whole(self._meter, lowered, key, kernels)
         total = self._sum_of_timed(kernels)
         if latency.kind == MEASURED and total is not None:
-            self.checks.append((total, latency.value))
+            self.checks.append(Check(total, calls_of(kernels), latency.value))
         return latency
 
     def _total(self, kernels: Sequence[KernelInfo]) -> float | None:
@@ -174,23 +176,24 @@ class KernelLatency:
 
     def _summed(self, kernels: Sequence[KernelInfo]) -> Latency:
         total = self._total(kernels)
-        return _failed(self._meter) if total is None else self._corrected(total, SUMMED)
+        return _failed(self._meter) if total is None else self._corrected(total, calls_of(kernels), SUMMED)
 
-    def _corrected(self, total: float, kind: str) -> Latency:
-        factor = float(np.median([whole / parts for parts, whole in self.checks])) if self.checks else 1.0
-        return Latency(total * factor, total * factor / self._meter.dense.value, kind)
+    def _corrected(self, total: float, calls: int, kind: str) -> Latency:
+        value = total + calls * overhead_per_call(self.checks)
+        return Latency(value, value / self._meter.dense.value, kind)
 
     def sum_errors(self) -> list[float]:
         """How far each whole network was from the corrected sum of its kernels, as a share of it."""
-        return [abs(self._corrected(total, SUMMED).value / whole - 1.0) for total, whole in self.checks]
+        sums = [self._corrected(check.total, check.calls, SUMMED).value for check in self.checks]
+        return [abs(total / check.whole - 1.0) for total, check in zip(sums, self.checks, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The checks so far; the kernels' times are in the store."""
-        return {"checks": [list(check) for check in self.checks]}
+        return {"checks": [dataclasses.astuple(check) for check in self.checks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values."""
-        self.checks = [(total, whole) for total, whole in state["checks"]]
+        self.checks = [Check(*check) for check in state["checks"]]
 
 
 def joint_error(errors: Collection[float]) -> float:
@@ -262,8 +265,10 @@ class HybridLatency(KernelLatency):
         return super()._check(lowered, kernels, key)
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
+        calls = calls_of(kernels)
+
         def limit(total: float, error: float) -> float:
-            ratio = self._corrected(total, PREDICTED).ratio
+            ratio = self._corrected(total, calls, PREDICTED).ratio
             if self._could_be_best(accuracy, ratio, error):
                 return SURE
             return FAIRLY_SURE if self._would_be_on_front(accuracy, ratio) else UNCERTAIN
@@ -272,7 +277,7 @@ class HybridLatency(KernelLatency):
         if total is None:
             return _failed(self._meter)
         timed = all(kernel.key in self._rows for kernel in kernels)
-        return self._corrected(total, SUMMED if timed else PREDICTED)
+        return self._corrected(total, calls, SUMMED if timed else PREDICTED)
 
     def _total(
         self, kernels: Sequence[KernelInfo], limit: Callable[[float, float], float] = lambda *_: SURE
@@ -347,7 +352,7 @@ class HybridLatency(KernelLatency):
         self._rows = {
             key: KernelRow(row.vector, row.bound, row.value * (1 + change)) for key, row in self._rows.items()
         }
-        self.checks = [(total * (1 + change), whole) for total, whole in self.checks]
+        self.checks = [replace(check, total=check.total * (1 + change)) for check in self.checks]
         self._fit(len(self._rows))
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tvm_compress.files import replacing, write_text
 from tvm_compress.search.results import Trial
 from tvm_compress.search.settings import RESUMABLE, SearchSettings
 
-VERSION = 1
+VERSION = 2
 
 
 class Study:
