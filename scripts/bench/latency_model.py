@@ -15,34 +15,27 @@ import argparse
 import json
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-import tvm
 from bench_data import cache_folder
 from figures import Figure, Part, parts_parser, run_parts
+from latency_parts import SAMPLE, forgetful_board, open_meter, store_of
+from latency_searches import searches
 from networks import CIFAR, ConvNet, MobileNetV2, ResNet18
 from train import as_model
 
-from tvm_compress.cost.latency_model import LatencyModel
 from tvm_compress.data.load import load_data
 from tvm_compress.model import Model, load_model
 from tvm_compress.passes.pipeline import build
 from tvm_compress.rpc.cross_compile import export_fcompile
-from tvm_compress.rpc.device import MeasurementSettings, open_device
 from tvm_compress.rpc.emulated_a72 import EmulatedA72
-from tvm_compress.rpc.emulation_kit import prepare
-from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.target_rules import parse_target
-from tvm_compress.search.environment import reward_of
-from tvm_compress.search.latency import SHORT, THOROUGH, THOROUGH_PASSES, LatencyMeter
 from tvm_compress.search.latency_fit import (
     Evaluation,
     errors_of,
@@ -50,13 +43,11 @@ from tvm_compress.search.latency_fit import (
     fit_latency_model,
     stored_kernels,
 )
-from tvm_compress.search.latency_sources import HybridLatency, KernelLatency, Latency, MeasuredLatency
-from tvm_compress.search.results import SearchResult
+from tvm_compress.search.latency_sources import KernelLatency, MeasuredLatency
 from tvm_compress.search.run import run_search
 from tvm_compress.search.sampling import KernelSampler
 from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
 
-SAMPLE = "sample:resnet8-fashion"
 # Six convolutions and a dense layer: VGG-7 of an eighth of the usual width.
 VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 UNSEEN = "VGG-7"
@@ -87,17 +78,11 @@ def _mobilenet() -> MobileNetV2:
     return network
 
 
-def open_meter(device: str, model: Model, path: Path, settings: MeasurementSettings = SHORT) -> LatencyMeter:
-    """Meter of a network whose measurements are kept; it takes as many passes as `tvm-compress cost`."""
-    on, target, store = open_device(device), parse_target(DEFAULT_TARGETS[device]), MeasurementStore(path)
-    return LatencyMeter(on, target, store, model.input_spec.shape, settings, THOROUGH_PASSES)
-
-
 def quality(device: str, arguments: argparse.Namespace) -> Part:
     """Fit on one device, compare on policies that were not seen."""
     networks = subjects()
     seen = [network for name, network in networks.items() if name != UNSEEN]
-    store = arguments.cache / f"latency_model-{device}.sqlite"
+    store = store_of(device, arguments.cache)
     start = time.perf_counter()
     with open_meter(device, seen[0], store) as meter:
         sampler = KernelSampler(seen, meter, 0)
@@ -256,7 +241,7 @@ def resnet18(arguments: argparse.Namespace) -> Part:
         library = build(model.module, target).export(
             Path(folder) / "dense.so", export_fcompile(str(target.attrs["mtriple"]))
         )
-        with _forgetful_board(Path(folder)):
+        with forgetful_board(Path(folder)):
             for what, remember in (
                 ("cold", False),
                 ("emulated again", False),
@@ -276,115 +261,6 @@ def resnet18(arguments: argparse.Namespace) -> Part:
         Figure("emulated-a72: ResNet-18 width 32, cold", seconds["cold"], "s", 15, "<=", note=note),
         Figure("emulated-a72: ResNet-18 width 32, warm", seconds["warm"], "s", 2, "<=", note=again),
     ], {"seconds": seconds, "cycles": result.value}
-
-
-# How a search takes its latencies: whole networks, the hybrid, that with a model that was fitted before.
-MODES = {"measure": "measure", "hybrid": "hybrid", "fitted": "hybrid"}
-
-
-def searches(device: str, arguments: argparse.Namespace) -> Part:
-    """Best rewards and measuring time of a search by whole networks and by the hybrid.
-
-    The model that was fitted before is the part `device`'s: its kernels come from the cache. All searches'
-    best policies are measured once more, as whole networks and thoroughly, for rewards on the same footing.
-    """
-    model = load_model(SAMPLE)
-    before = _fitted_before(device, model, arguments)
-    rows = []
-    for seed in range(arguments.seeds):
-        for mode, latency in MODES.items():
-            # As long as a search is by default.
-            settings = SearchSettings(
-                device=device, latency=latency, seed=seed, budget=0.45, finetune_epochs=0, refine=1
-            )
-            prior = before if mode == "fitted" else None
-            source = HybridLatency if latency == "hybrid" else MeasuredLatency
-            tried: list[tuple[float, tvm.IRModule]] = []
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                _forgetful_board(Path(folder)),
-                patch.object(source, "latency", _remembered(source.latency, settings, tried)),
-            ):
-                split = load_data(SAMPLE, model, seed)
-                result = run_search(model, split, settings, Path(folder) / "study", latency_model=prior)
-                again = _reward_again(result, tried, model, settings, Path(folder) / "again.sqlite")
-            row = {"seed": seed, "latency": mode, "told": result.best_trial.reward, "reward": again}
-            row |= {"seconds": result.seconds, "sum_errors": result.sum_errors, "drifts": result.drifts}
-            row["kinds"] = dict(Counter(trial.result.latency_kind for trial in result.trials))
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    reward = {m: [r["reward"] for r in rows if r["latency"] == m] for m in MODES}
-    spent = {m: float(np.mean([r["seconds"]["latency"] for r in rows if r["latency"] == m])) for m in MODES}
-    texts = {m: " ".join(f"{value:.3f}" for value in values) for m, values in reward.items()}
-    spread = float(np.std(reward["measure"], ddof=1)) if arguments.seeds > 1 else 0.0
-    figures = []
-    for mode, what in (("hybrid", ""), ("fitted", f", with a model of {before.rows} kernels fitted before")):
-        figures += [
-            Figure(
-                f"search on {device}: best reward, hybrid less measured, mean of the seeds{what}",
-                float(np.mean(reward[mode]) - np.mean(reward["measure"])),
-                "",
-                -spread,
-                ">=",
-                note=f"hybrid {texts[mode]}, measured {texts['measure']}; "
-                "the goal is the measured ones' standard deviation",
-            ),
-            Figure(
-                f"search on {device}: time spent on latencies, hybrid over measured{what}",
-                spent[mode] / spent["measure"],
-                "ratio",
-                0.2,
-                "<=",
-                note=f"{spent[mode]:.0f} s and {spent['measure']:.0f} s for 120 episodes, building included",
-            ),
-        ]
-    return figures, {"runs": rows}
-
-
-def _remembered(
-    latency: Callable[..., Latency], settings: SearchSettings, tried: list[tuple[float, tvm.IRModule]]
-) -> Callable[..., Latency]:
-    """Wrap a latency source's method: each policy's reward and module go into a list."""
-
-    def remembered(self: Any, module: tvm.IRModule, key: str, episode: int, accuracy: float) -> Latency:
-        found = latency(self, module, key, episode, accuracy)
-        tried.append((accuracy + settings.beta * abs(found.ratio / settings.budget - 1), module))
-        return found
-
-    return remembered
-
-
-def _reward_again(
-    result: SearchResult,
-    tried: list[tuple[float, tvm.IRModule]],
-    model: Model,
-    settings: SearchSettings,
-    path: Path,
-) -> float:
-    """Reward of a search's best policy by a measurement of its whole network, made after the search."""
-    module = next(module for reward, module in tried if reward == result.best_trial.reward)
-    with open_meter(settings.device, model, path, THOROUGH) as meter:
-        meter.set_dense(model.module, "dense")
-        measured = meter.measure(build(module, meter.target), "best")
-        ratio = measured.value / meter.dense.value
-    best = replace(result.best_trial.result, ratio=ratio)
-    return reward_of(best, settings.budget, settings.beta)
-
-
-def _fitted_before(device: str, model: Model, arguments: argparse.Namespace) -> LatencyModel:
-    """Model fitted to all kernels that the part `device` has timed."""
-    with open_meter(device, model, arguments.cache / f"latency_model-{device}.sqlite") as meter:
-        kernels = stored_kernels(meter.store, meter.device, meter.target)
-    fitted = LatencyModel(meter.device.unit)
-    return fitted.fit(fitted.rows_of(kernels, [kernel.value for kernel in kernels]))
-
-
-@contextmanager
-def _forgetful_board(folder: Path) -> Iterator[None]:
-    """Let the emulated board keep what it ran in its own folder: it shall know nothing of other searches."""
-    kit = replace(prepare(), cache=folder / "cache")
-    with patch("tvm_compress.rpc.emulated_a72.prepare", lambda: kit):
-        yield
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
