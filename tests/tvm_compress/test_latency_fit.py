@@ -14,6 +14,7 @@ from torch import nn
 from tvm_compress.cli.main import main
 from tvm_compress.compressor import Compressor
 from tvm_compress.cost.latency_model import LatencyModel
+from tvm_compress.errors import DataError
 from tvm_compress.model import Model
 from tvm_compress.passes.pipeline import build, lower
 from tvm_compress.passes.policy import CompressionPolicy, SitePolicy
@@ -25,7 +26,7 @@ from tvm_compress.samples.load import load_sample
 from tvm_compress.schedules.apply import KernelInfo, kernel_infos
 from tvm_compress.schedules.kernel_key import target_digest
 from tvm_compress.schedules.target_rules import parse_target, rules_for
-from tvm_compress.search import latency
+from tvm_compress.search import latency, sampling
 from tvm_compress.search.latency import KERNEL_PREFIX, LatencyMeter
 from tvm_compress.search.latency_fit import errors_of, fit_latency_model, stored_kernels
 from tvm_compress.search.latency_sources import HybridLatency, joint_error, least_sure
@@ -65,6 +66,22 @@ def test_the_sampler_draws_different_policies_the_same_for_a_seed(meter: Latency
     drawn = [KernelSampler([sample], meter, seed).draw() for seed in (0, 0, 1)]
     keys = [[kernel.key for kernel in kernels] for kernels in drawn]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_sampler_draws_again_where_a_layer_gives_nothing_but_zeros(meter: LatencyMeter):
+    first, second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3)
+    network = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(8 * 4 * 4, 10)).eval()
+    torch.nn.init.constant_(first.get_parameter("bias"), -100.0)
+    model = Model.from_torch(network, (torch.zeros(1, 1, 8, 8),))
+    compressor, problem = subject_of(model, rules_for(HOST), np.random.default_rng(0))
+    int8 = SitePolicy(scheme="int8", weight_bits=8, activation_bits=8)
+    with pytest.raises(DataError, match="constant"):
+        compressor.apply(CompressionPolicy({site.name: int8 for site in problem.sites}))
+    sampler = KernelSampler([model], meter, 0)
+    with patch.object(sampling, "RANDOM_SHARE", 0.0):
+        # What is left of that network are its policies in fp32.
+        drawn = [sampler.draw() for _ in range(5)]
+    assert {kernel.kind for kernels in drawn for kernel in kernels} >= {"conv2d_fp32", "dense_fp32"}
 
 
 def test_kernels_of_a_network_beyond_the_last_cache_read_their_weights_from_memory(tmp_path: Path):

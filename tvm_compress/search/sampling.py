@@ -1,5 +1,6 @@
 """Kernels to fit a latency model to: those of random policies, on given networks and on random ones."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from tvm_compress.compressor import Compressor
+from tvm_compress.errors import DataError
 from tvm_compress.model import Model
 from tvm_compress.passes.groups import find_coupled_sets
 from tvm_compress.passes.pipeline import lower
@@ -18,6 +20,9 @@ from tvm_compress.schedules.target_rules import TargetRules, rules_for
 from tvm_compress.search.latency import LatencyMeter
 from tvm_compress.search.problem import PolicyDraft, SearchProblem
 
+# So many networks are drawn in search of one with kernels: with random weights and a random policy, all that
+# a layer gives may be 0, which has no range to quantize.
+MOST_DRAWS = 100
 # Random images that calibrate: latency does not depend on the ranges.
 CALIBRATION_IMAGES = 4
 # Random networks are drawn as often as given ones, each for some policies.
@@ -66,7 +71,20 @@ class KernelSampler:
         self._random: tuple[_Subject, int] | None = None
 
     def draw(self) -> list[KernelInfo]:
-        """Kernels of a network that was not drawn before, most likely."""
+        """Kernels of a network that was not drawn before, most likely.
+
+        Raises
+        ------
+        DataError
+            If no network could be quantized, of MOST_DRAWS.
+        """
+        for _ in range(MOST_DRAWS - 1):
+            with contextlib.suppress(DataError):
+                return self._draw()
+            self._random = None
+        return self._draw()
+
+    def _draw(self) -> list[KernelInfo]:
         if self._subjects and self._rng.random() >= RANDOM_SHARE:
             subject = self._subjects[int(self._rng.integers(len(self._subjects)))]
         else:
