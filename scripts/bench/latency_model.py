@@ -51,7 +51,6 @@ from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
 # Six convolutions and a dense layer: VGG-7 of an eighth of the usual width.
 VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 UNSEEN = "VGG-7"
-MOBILENET = "MobileNetV2 96"
 # So many networks' kernels are timed again.
 AGAIN = 12
 GOALS = {"local": 0.85, "emulated-a72": 0.95}
@@ -63,7 +62,7 @@ def subjects() -> dict[str, Model]:
     return {
         "ResNet-8": load_model(SAMPLE),
         "ResNet-18 w32": as_model(ResNet18().eval(), "cifar10"),
-        MOBILENET: Model.from_torch(_mobilenet(), (torch.zeros(1, 3, 96, 96),)),
+        "MobileNetV2 96": Model.from_torch(_mobilenet(), (torch.zeros(1, 3, 96, 96),)),
         UNSEEN: as_model(ConvNet(VGG7, [128], CIFAR).eval(), "cifar10"),
     }
 
@@ -94,10 +93,8 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
     with tempfile.TemporaryDirectory() as folder:
         for name, network in networks.items():
             with open_meter(device, network, Path(folder) / "unseen.sqlite") as meter:
-                # MobileNetV2 has four times as many kernels as the others.
-                policies = arguments.policies // (2 if name == MOBILENET else 1)
                 found[name] = evaluate_latency_model(
-                    model, network, meter, policies, 1, fitted, _tell(f"{device} {name}")
+                    model, network, meter, arguments.policies, 1, fitted, _tell(f"{device} {name}")
                 )
     figures = _figures_of(device, found)
     if device == "local":

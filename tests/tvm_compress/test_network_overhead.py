@@ -26,6 +26,7 @@ from tvm_compress.search.network_overhead import (
     read_from_afar,
     sizes_to_read,
     time_of_byte,
+    touched_bytes_of,
 )
 
 HOST = parse_target("host")
@@ -38,9 +39,9 @@ READING = {
 }
 
 
-def kernel_of(key: str, weight_bytes: float, count: int = 1) -> KernelInfo:
-    """Make a kernel of which nothing but its weights matters."""
-    features = {"weight_bytes": float(weight_bytes)}
+def kernel_of(key: str, weight_bytes: float, count: int = 1, output_bytes: float = 0) -> KernelInfo:
+    """Make a kernel of which nothing but its bytes matters."""
+    features = {"weight_bytes": float(weight_bytes), "input_bytes": 0.0, "output_bytes": float(output_bytes)}
     return replace(reading_kernel(LEAST_READ, HOST), key=key, count=count, features=features)
 
 
@@ -48,6 +49,9 @@ def test_weights_come_from_farther_away_where_those_of_the_network_do_not_fit():
     small, large, alone = kernel_of("a", 40000), kernel_of("b", 50000, 2), kernel_of("c", 1 << 18)
     assert read_from_afar([small], READING) == {"a": 0}
     assert read_from_afar([small, large], READING) == pytest.approx({"a": 4 * 40000, "b": 4 * 50000})
+    # What the others write takes their place too.
+    writing = kernel_of("d", 0, output_bytes=100000)
+    assert read_from_afar([small, writing], READING) == pytest.approx({"a": 4 * 40000, "d": 0})
     # It does not fit alone either.
     assert read_from_afar([small, alone], READING) == pytest.approx({"a": 4 * 40000, "c": 0})
 
@@ -102,6 +106,6 @@ def test_a_clock_tells_what_reading_takes_and_no_model_learns_from_it(tmp_path: 
         assert stored_kernels(store, meter.device, HOST) == []
     assert set(there) == set(alone)
     assert all(there[key] >= alone[key] for key in alone)
-    # From 16 KB to what the sample's 300 KB of weights need; more takes longer.
-    assert len(rows) == 6
+    # From 16 KB to what the sample touches, its 300 KB of weights included; more takes longer.
+    assert len(rows) == len(sizes_to_read(touched_bytes_of(kernels))) >= 6
     assert max(rows.values()) > 8 * min(rows.values())

@@ -24,7 +24,12 @@ from tvm_compress.rpc.measure import measure
 from tvm_compress.rpc.store import MeasurementStore
 from tvm_compress.schedules.apply import KernelInfo
 from tvm_compress.schedules.reading import reading_kernel
-from tvm_compress.search.network_overhead import read_from_afar, sizes_to_read, weight_bytes_of
+from tvm_compress.search.network_overhead import (
+    read_from_afar,
+    sizes_to_read,
+    touched_bytes_of,
+    weight_bytes_of,
+)
 
 # How the search times a library: short, since the dense model is timed along with each candidate.
 SHORT = MeasurementSettings(repeat=9, min_repeat_ms=8.0)
@@ -248,7 +253,7 @@ class LatencyMeter:
         """
         cache = self.device.last_cache
         if cache is None:
-            reading = self._reading(sizes_to_read(weight_bytes_of(kernels)))
+            reading = self._reading(sizes_to_read(touched_bytes_of(kernels)))
             if not reading:
                 return {kernel.key: times[kernel.key] for kernel in kernels}
             return {key: times[key] + more for key, more in read_from_afar(kernels, reading).items()}

@@ -52,6 +52,14 @@ def weight_bytes_of(kernels: Sequence[KernelInfo]) -> float:
     return sum(kernel.features["weight_bytes"] * kernel.count for kernel in kernels)
 
 
+def touched_bytes_of(kernels: Sequence[KernelInfo]) -> float:
+    """Bytes that pass through the caches in one run of a network: weights, and what kernels write.
+
+    Some of what they write shares memory; as much is taken by their code and their workspace.
+    """
+    return weight_bytes_of(kernels) + sum(k.features["output_bytes"] * k.count for k in kernels)
+
+
 def sizes_to_read(largest: float) -> list[int]:
     """Bytes to time the reading of, for networks with so many bytes of weights."""
     sizes = [LEAST_READ]
@@ -76,9 +84,13 @@ def time_of_byte(size: float, reading: Mapping[int, float]) -> float:
 def read_from_afar(kernels: Sequence[KernelInfo], reading: Mapping[int, float]) -> dict[str, float]:
     """What a call of each kernel, by key, takes longer in its network than alone, to read its weights.
 
-    Alone, they are read again after no more than themselves, in the network after those of all kernels: they
+    Alone, they are read again after what the kernel itself touches, in the network after what all do: they
     come from a cache, or from memory, that is so much farther away.
     """
-    there = time_of_byte(weight_bytes_of(kernels), reading)
-    sizes = {kernel.key: kernel.features["weight_bytes"] for kernel in kernels}
-    return {key: size * max(0.0, there - time_of_byte(size, reading)) for key, size in sizes.items()}
+    there = time_of_byte(touched_bytes_of(kernels), reading)
+    longer = {}
+    for kernel in kernels:
+        weights = kernel.features["weight_bytes"]
+        own = weights + kernel.features["input_bytes"] + kernel.features["output_bytes"]
+        longer[kernel.key] = weights * max(0.0, there - time_of_byte(own, reading))
+    return longer
