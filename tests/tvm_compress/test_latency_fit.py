@@ -271,7 +271,8 @@ def test_kernels_of_a_measured_network_need_no_library_of_their_own(device: str,
         # The network tells what each takes in it.
         assert total == pytest.approx(whole.value, rel=1e-9)
     else:
-        assert 0.3 * whole.value < total < 3 * whole.value
+        # Both are the fastest of several passes: a short measurement may be slow on a busy machine.
+        assert 0.3 * again["same"].value < total < 3 * again["same"].value
 
 
 def test_who_could_be_the_best_depends_on_how_sure_its_prediction_is(meter: LatencyMeter):
