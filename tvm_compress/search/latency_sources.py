@@ -24,9 +24,10 @@ from tvm_compress.search.settings import SearchSettings
 FAILED_RATIO = 10.0
 # A network whose predicted latency may be off by more than this share has kernels timed, the least sure ones,
 # until it may not; one that would enter the Pareto set, or may be the best so far, by less.
-UNCERTAIN = 0.1
-FAIRLY_SURE = 0.05
-SURE = 0.01
+UNCERTAIN = 0.05
+FAIRLY_SURE = 0.03
+# A reward changes by three times what its latency does: a best policy that is off by 1 % is another one.
+SURE = 0.003
 # So many known kernels are timed again with every whole network but the first, to see whether the device is
 # what it was.
 DRIFT_SAMPLE = 3
