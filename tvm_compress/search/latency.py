@@ -262,6 +262,11 @@ class LatencyMeter:
         floors = {k.key: k.features["weight_bytes"] * cache.time_per_byte for k in kernels}
         return {key: max(times[key], floor) for key, floor in floors.items()}
 
+    def sum_in_network(self, kernels: Sequence[KernelInfo], times: Mapping[str, float]) -> float:
+        """Sum of a network's kernels, each as it is there, from what a call of each takes alone, by key."""
+        there = self.in_network(kernels, times)
+        return sum(there[kernel.key] * kernel.count for kernel in kernels)
+
     def _reading(self, sizes: Sequence[int]) -> dict[int, float]:
         """Time of reading so many bytes, by size; those that the device fails on are missing."""
         new = [size for size in sizes if size not in self._read]

@@ -148,10 +148,9 @@ def evaluate_latency_model(
     checks, predictions = [], []
     for name, whole in meter.time_networks(built).items():
         if all(k.key in times for k in infos[name]):
-            there = [meter.in_network(infos[name], by) for by in (times, predicted)]
-            timed, expected = (sum(by[k.key] * k.count for k in infos[name]) for by in there)
-            checks.append(Check(timed, calls_of(infos[name]), whole.value))
-            predictions.append(expected)
+            total = meter.sum_in_network(infos[name], times)
+            checks.append(Check(total, calls_of(infos[name]), whole.value))
+            predictions.append(meter.sum_in_network(infos[name], predicted))
     overhead = overhead_per_call(checks)
     return Evaluation(
         [(predicted[key], value) for key, value in times.items() if key not in seen],

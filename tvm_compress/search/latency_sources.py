@@ -1,9 +1,8 @@
 """Where a search takes a candidate's latency from: the whole network, its kernels, or the latency model."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,8 +163,7 @@ class KernelLatency:
         times = self._time(kernels)
         if any(kernel.key not in times for kernel in kernels):
             return None
-        times = self._meter.in_network(kernels, times)
-        return sum(times[kernel.key] * kernel.count for kernel in kernels)
+        return self._meter.sum_in_network(kernels, times)
 
     def _estimate(self, kernels: Sequence[KernelInfo], accuracy: float) -> Latency:
         """Latency without the whole network."""
@@ -190,7 +188,7 @@ class KernelLatency:
 
     def state_dict(self) -> dict[str, Any]:
         """The checks so far; the kernels' times are in the store."""
-        return {"checks": [dataclasses.astuple(check) for check in self.checks]}
+        return {"checks": [astuple(check) for check in self.checks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s values."""
@@ -308,8 +306,7 @@ class HybridLatency(KernelLatency):
             times[kernel.key] = value
             # The same kernel may be called by several names.
             errors[kernel.key] = errors.get(kernel.key, 0.0) + error * value * kernel.count
-        times = self._meter.in_network(kernels, times)
-        return sum(times[kernel.key] * kernel.count for kernel in kernels), errors
+        return self._meter.sum_in_network(kernels, times), errors
 
     def _time(self, kernels: Sequence[KernelInfo]) -> dict[str, float]:
         """As the other; a kernel that was timed once keeps its time, corrected for drift."""
