@@ -51,6 +51,8 @@ from tvm_compress.search.settings import DEFAULT_TARGETS, SearchSettings
 # Six convolutions and a dense layer: VGG-7 of an eighth of the usual width.
 VGG7 = [16, 16, "M", 32, 32, "M", 64, 64, "M"]
 UNSEEN = "VGG-7"
+# The policies are drawn from it. What weights from afar take was worked out on those of seed 1.
+POLICY_SEED = 2
 # So many networks' kernels are timed again.
 AGAIN = 12
 GOALS = {"local": 0.85, "emulated-a72": 0.95}
@@ -94,7 +96,7 @@ def quality(device: str, arguments: argparse.Namespace) -> Part:
         for name, network in networks.items():
             with open_meter(device, network, Path(folder) / "unseen.sqlite") as meter:
                 found[name] = evaluate_latency_model(
-                    model, network, meter, arguments.policies, 1, fitted, _tell(f"{device} {name}")
+                    model, network, meter, arguments.policies, POLICY_SEED, fitted, _tell(f"{device} {name}")
                 )
     figures = _figures_of(device, found)
     if device == "local":

@@ -34,6 +34,9 @@ def fitted_before(device: str, model: Model, cache: Path) -> LatencyModel:
     """Model fitted to all kernels that the part `device` has timed."""
     with open_meter(device, model, store_of(device, cache)) as meter:
         kernels = stored_kernels(meter.store, meter.device, meter.target)
+    if not kernels:
+        # Of another target, for instance: whose cores were fewer when it was read.
+        raise SystemExit(f"{store_of(device, cache)} has no kernels for {meter.target}.")
     fitted = LatencyModel(meter.device.unit)
     return fitted.fit(fitted.rows_of(kernels, [kernel.value for kernel in kernels]))
 
