@@ -12,6 +12,9 @@ from tvm.ir.transform import PassContext
 from tvm.target import Target
 from tvm.tirx import PrimFunc
 
+from tvm_compress.passes.aligned_stack import align_stack
+from tvm_compress.schedules.target_rules import rules_for
+
 # So many object files at most: the same on every machine, however many threads make them, so that a library
 # is the same too.
 MOST_PARTS = 8
@@ -46,10 +49,12 @@ def object_files(functions: Mapping[str, PrimFunc], target: Target, folder: Path
     count = min(MOST_PARTS, len(names))
     parts = {folder / f"part{i}.o": names[i::count] for i in range(count)}
     context = code_generation()  # those of other threads are not this one's
+    bits = rules_for(target).vector_bits
 
     def compile_part(path: Path) -> None:
         with context:
-            kernels = {name: functions[name].with_attr("global_symbol", name) for name in parts[path]}
+            aligned = {name: align_stack(functions[name], bits) for name in parts[path]}
+            kernels = {name: func.with_attr("global_symbol", name) for name, func in aligned.items()}
             module = tvm.tirx.build(IRModule(kernels), target)
         module.write_to_file(str(path), "o")
 

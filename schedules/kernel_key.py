@@ -9,7 +9,7 @@ from tvm.target import Target
 
 # Raised when a change of the schedules, of how they are compiled, or of what is counted of them, makes old
 # measurements worthless: part of every kernel's key.
-SCHEDULES_VERSION = 4
+SCHEDULES_VERSION = 5
 
 _STORE = re.compile(r"^\s*\w+\[.*\] = ")
 # Scales, zero points, clipping bounds and rounding terms: constants of a value, no extents and no strides.
