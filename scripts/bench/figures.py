@@ -114,7 +114,8 @@ def run_parts(
         if path.exists():
             data = {one["part"]: one for one in json.loads(path.read_text(encoding="utf-8"))["data"]}
         data[part] = {
-            "part": part, "figures": [asdict(figure) for figure in figures], "load_before": load, **values
+            "part": part, "commit": commit(), "figures": [asdict(figure) for figure in figures],
+            "load_before": load, **values,
         }  # fmt: skip
         ordered = [data[known] for known in parts if known in data]
         everything = [Figure(**figure) for one in ordered for figure in one["figures"]]

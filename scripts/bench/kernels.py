@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import kernel_build
 import kernel_loops
+import kernel_stack
 import kernel_stages
 import numpy as np
 import torch
@@ -267,6 +268,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "few-bits-a72": few_bits_a72,
     "loops-a72": kernel_loops.part,
     "stages-a72": kernel_stages.part,
+    "stack": kernel_stack.part,
     "build": kernel_build.part,
 }
 
